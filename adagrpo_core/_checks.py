@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Refusals. They read shapes, dtypes and settings, never array values: a value would have to come from the device,
+and a traced array has none."""
+
+from fractions import Fraction
+
+from ._compat import array_namespace
+
+AXES = {"B": "prompts", "K": "rollouts per prompt", "M": "negatives", "L": "tokens", "L*": "tokens", "N": "rows"}
+REAL = ("real floating",)
+NUMBER = ("integral", "real floating")
+TIES = ("min", "max", "average")
+
+
+def check_shape(name, array, letters, sizes, *, kind=REAL):
+    """Refuse an array whose axes are not ``letters`` or disagree with ``sizes``, then note its sizes there.
+
+    ``kind`` is a dtype kind in the array API's names, or None for any.
+    """
+    wanted = letters.split()
+    shape = tuple(array.shape)
+    if len(shape) != len(wanted) or any(sizes.get(axis, n) != n for axis, n in zip(wanted, shape, strict=True)):
+        spec = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in wanted)
+        spec += "," if len(wanted) == 1 else ""
+        meaning = ", ".join(f"{axis} {AXES[axis]}" for axis in wanted)
+        raise ValueError(f"{name}: expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}")
+    sizes.update(zip(wanted, shape, strict=True))
+    for axis, n in zip(wanted, shape, strict=True):
+        if n < 1:
+            raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
+    if kind is not None:
+        check_dtype(name, array, kind)
+
+
+def check_same_shape(name, array, like_name, like, *, kind):
+    """Refuse an array that has not exactly the shape of another."""
+    if tuple(array.shape) != tuple(like.shape):
+        raise ValueError(
+            f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(array.shape)}; "
+            f"nothing broadcasts, so give it one entry per entry of {like_name}"
+        )
+    check_dtype(name, array, kind)
+
+
+def check_dtype(name, array, kind):
+    """Refuse a dtype that is not of ``kind`` (the array API's names)."""
+    xp = array_namespace(array)
+    if not xp.isdtype(array.dtype, kind):
+        wanted = kind if isinstance(kind, str) else " or ".join(kind)
+        raise ValueError(f"{name}: expected a {wanted} dtype, got {array.dtype}; convert it first, with xp.astype")
+
+
+def check_ties(ties):
+    if ties not in TIES:
+        raise ValueError(f'ties: expected "min", "max" or "average", got {ties!r}; the default is "min"')
+
+
+def check_count(name, value):
+    """Refuse what is not a whole number of at least one."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}; pass a Python int")
+
+
+def check_scalar(name, value):
+    """Refuse an array where one number is wanted. A traced scalar passes, so a schedule can be compiled in."""
+    if tuple(getattr(value, "shape", ())) != ():
+        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; scale the loss outside instead")
+
+
+def check_positive(name, value, *, zero_too=False):
+    """Refuse a number that is not above zero (NaN is not)."""
+    if not (value > 0 or (zero_too and value == 0)):
+        wanted = ">= 0" if zero_too else "> 0"
+        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}; pass one, such as the default")
+
+
+def as_fraction(name, value):
+    """The fraction that the caller meant: 0.29 is 29/100 and 1/3 a third, whatever their binary form.
+
+    Binary rounding must not move a threshold: 0.29 * 100 is 28.999..., so rank 29 would fall on its wrong side.
+    """
+    fraction = Fraction(float(value)).limit_denominator(10**6) if 0 < value < 1 else Fraction(0)
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"{name}: expected a fraction strictly between 0 and 1, got {value!r}; "
+            f"pass a share of the K rollouts, such as {'1/3' if name == 'tau' else '0.1'}"
+        )
+    return fraction
+
+
+def check_tau(tau, K):
+    """The fraction tau, refused where not even rank 1 lies in the top tau * K."""
+    fraction = as_fraction("tau", tau)
+    if fraction.numerator * K < fraction.denominator:
+        enough = -(-fraction.denominator // fraction.numerator)
+        raise ValueError(
+            f"tau: expected tau * K >= 1, got tau={tau!r} with K={K}, which admits nothing; "
+            f"raise tau to 1/{K} or more, or sample K >= {enough} rollouts"
+        )
+    return fraction

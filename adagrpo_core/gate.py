@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""The sample-level clip (eq. 7, 9, 10): which instances may add a policy gradient to their supervised loss."""
+
+from ._checks import as_fraction, check_shape, check_tau
+from ._compat import array_namespace
+from .ranks import doubled_policy_rank, doubled_reward_ranks
+
+
+def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = "min"):
+    """Whether the policy ranks the ground truth below its own top tau * K.
+
+        D[b] = 1[ policy_rank[b] > tau * K ]            (eq. 7)
+
+    Parameters
+    ----------
+    target_logp : array, shape (B,), real floating
+        Length-normalised log-likelihood of the ground truth, in nats per token.
+    rollout_logp : array, shape (B, K), real floating
+        The same of the K rollouts.
+    tau : float
+        Prominence fraction, a share of K (not of the pool's K+1). A third is the paper's default. Read as the nearest
+        fraction with a denominator up to a million, so that 0.29 of 100 is exactly 29.
+    ties : {"min", "max", "average"}
+        See :func:`policy_rank`.
+
+    Returns
+    -------
+    array, shape (B,), boolean
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or dtype, tau outside (0, 1), tau * K < 1 (nothing could be in the top), or unknown ``ties``.
+
+    Notes
+    -----
+    Gradient: none, the result is boolean.
+    NaN: any NaN in a row makes that row False: what cannot be compared is not admitted.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 5 (policy-side diagnostic), eq. 7.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rollouts = np.asarray([[-1.0, -2.0, -3.0]] * 3)
+    >>> difficulty(np.asarray([-0.5, -1.5, float("nan")]), rollouts).tolist()
+    [False, True, False]
+    """
+    xp = array_namespace(target_logp, rollout_logp)
+    doubled = doubled_policy_rank(target_logp, rollout_logp, ties=ties)
+    K = rollout_logp.shape[1]
+    hard = doubled > _doubled_threshold(check_tau(tau, K), K)
+    return hard & ~xp.isnan(target_logp) & ~xp.any(xp.isnan(rollout_logp), axis=1)
+
+
+def reliability(
+    target_reward, rollout_rewards, negative_rewards, /, *, tau: float = 1 / 3, rho: float = 0.1, ties: str = "min"
+):
+    """Whether the reward model puts the ground truth in the top and every negative at the bottom.
+
+        R[b] = 1[ rank*[b] <= tau * K ] * prod_m 1[ rank[b,m] > (1 - rho) * K ]            (eq. 9)
+
+    Parameters
+    ----------
+    target_reward : array, shape (B,), real floating
+        Reward of the ground truth, under its prompt.
+    rollout_rewards : array, shape (B, K), real floating
+        Rewards of the rollouts, under the same prompt.
+    negative_rewards : array, shape (B, M), real floating
+        Rewards of other prompts' rollouts, under the same prompt. See :func:`in_batch_negatives`.
+    tau : float
+        Prominence fraction of K; see :func:`difficulty`.
+    rho : float
+        Suppression fraction of K: negatives must rank beyond (1 - rho) * K. A tenth is the paper's default. Read as
+        exactly as tau.
+    ties : {"min", "max", "average"}
+        See :func:`reward_ranks`. With a 0/1 reward "min" keeps the gate shut and "max" always counts unrewarded
+        negatives as suppressed: the default is for rewards that seldom tie.
+
+    Returns
+    -------
+    array, shape (B,), boolean
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or dtype, tau or rho outside (0, 1), tau * K < 1, M < 1, or an unknown ``ties``.
+
+    Notes
+    -----
+    Gradient: none, the result is boolean.
+    NaN: any NaN in a row of the pool makes that row False. Infinities are compared like other numbers.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 5 (reward-side diagnostic), eq. 9.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rollouts = np.asarray([[0.5, 0.6, 0.7]] * 2)
+    >>> reliability(np.asarray([0.9, 0.9]), rollouts, np.asarray([[0.1], [0.8]])).tolist()
+    [True, False]
+    """
+    xp = array_namespace(target_reward, rollout_rewards, negative_rewards)
+    target, negatives = doubled_reward_ranks(target_reward, rollout_rewards, negative_rewards, ties=ties)
+    K = rollout_rewards.shape[1]
+    prominent = target <= _doubled_threshold(check_tau(tau, K), K)
+    suppressed = xp.all(negatives > _doubled_threshold(1 - as_fraction("rho", rho), K), axis=1)
+    certain = ~xp.isnan(target_reward)
+    for rewards in (rollout_rewards, negative_rewards):
+        certain = certain & ~xp.any(xp.isnan(rewards), axis=1)
+    return prominent & suppressed & certain
+
+
+def sample_clip(difficult, reliable, /):
+    """Which instances are admitted: difficult for the policy and reliably judged by the reward model.
+
+        c[b] = D[b] * R[b]            (eq. 10)
+
+    Parameters
+    ----------
+    difficult : array, shape (B,), boolean
+        From :func:`difficulty`; all True switches this condition off.
+    reliable : array, shape (B,), boolean
+        From :func:`reliability`; all True gives the paper's ablation with difficulty alone.
+
+    Returns
+    -------
+    array, shape (B,), boolean
+        True: supervision plus the full policy gradient. False: supervision alone.
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or a dtype other than boolean.
+
+    Notes
+    -----
+    Gradient: none, the coefficient is a constant to the optimiser as the paper asks.
+    NaN: cannot occur; both diagnostics answer a NaN with False.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 5 (the sample-level clip), eq. 10.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> sample_clip(np.asarray([True, True, False]), np.asarray([True, False, True])).tolist()
+    [True, False, False]
+    """
+    array_namespace(difficult, reliable)
+    sizes = {}
+    check_shape("difficult", difficult, "B", sizes, kind="bool")
+    check_shape("reliable", reliable, "B", sizes, kind="bool")
+    return difficult & reliable
+
+
+def _doubled_threshold(fraction, K):
+    """The largest whole number t with t <= 2 * fraction * K: a doubled rank exceeds the one where it exceeds the other.
+
+    In integers alone, so that a symbolic K (a compiler's) passes through.
+    """
+    return 2 * fraction.numerator * K // fraction.denominator

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Section 4's analysis: how far the reward model moves the ground truth, and for whom."""
+
+from typing import Any, NamedTuple
+
+from ._checks import NUMBER, check_shape
+from ._compat import array_namespace
+
+
+class Stratum(NamedTuple):
+    """Averages over one part of the instances; see :func:`reward_influence`.
+
+    Attributes
+    ----------
+    llm_rank : array, shape ()
+        Mean rank of the ground truth by likelihood.
+    rm_rank : array, shape ()
+        Mean rank of the ground truth by reward.
+    influence : array, shape ()
+        Mean of llm_rank - rm_rank; positive where the reward model moves the truth up.
+    coverage : array, shape ()
+        Share of all instances that are in this part, 0..1.
+    """
+
+    llm_rank: Any
+    rm_rank: Any
+    influence: Any
+    coverage: Any
+
+
+class RewardInfluence(NamedTuple):
+    """The paper's three tables; see :func:`reward_influence`.
+
+    Attributes
+    ----------
+    overall : Stratum
+        All instances (Table 1).
+    hard : Stratum or None
+        The hard ones (Table 2).
+    discriminable : Stratum or None
+        The hard ones on which the reward model separates truth from negatives (Table 3).
+    """
+
+    overall: Stratum
+    hard: Stratum | None
+    discriminable: Stratum | None
+
+
+def reward_influence(llm_rank, rm_rank, /, *, hard=None, discriminable=None) -> RewardInfluence:
+    """How many ranks the reward model moves the ground truth up, on average and per stratum.
+
+        influence[b] = llm_rank[b] - rm_rank[b]            (Section 4.1)
+
+    Parameters
+    ----------
+    llm_rank : array, shape (B,), integers or real floating
+        Rank of the ground truth among W beams by log-probability: :func:`policy_rank` with the beams as rollouts.
+    rm_rank : array, shape (B,), integers or real floating
+        Its rank among the same beams by reward: :func:`policy_rank` of rewards.
+    hard : array, shape (B,), boolean, optional
+        Which instances are hard: :func:`difficulty` with the beams as rollouts, so that K is W.
+    discriminable : array, shape (B,), boolean, optional
+        On which the reward model ranks the truth in the top and every negative low: :func:`reliability`. The stratum
+        is its intersection with ``hard``.
+
+    Returns
+    -------
+    RewardInfluence
+        Three strata of float32 scalars; None for those whose mask was not given.
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or dtype, or ``discriminable`` without ``hard``.
+
+    Notes
+    -----
+    Gradient: none, ranks are counts.
+    NaN: an empty stratum has NaN means and coverage 0. A NaN rank makes the means of its own strata NaN.
+
+    The paper does not say what happens when the truth is not among the W beams. Our reading inserts its score, as
+    eq. 6 and 8 do: the rank is then in 1..W+1, and a truth that *is* among the beams keeps its rank (ties="min").
+
+    References
+    ----------
+    arXiv 2606.08480, Section 4, Tables 1 to 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tables = reward_influence(np.asarray([1, 9]), np.asarray([2, 3]), hard=np.asarray([False, True]))
+    >>> float(tables.overall.influence), float(tables.hard.influence), float(tables.hard.coverage)
+    (2.5, 6.0, 0.5)
+    """
+    xp = array_namespace(llm_rank, rm_rank, hard, discriminable)
+    sizes = {}
+    check_shape("llm_rank", llm_rank, "B", sizes, kind=NUMBER)
+    check_shape("rm_rank", rm_rank, "B", sizes, kind=NUMBER)
+    ranks = xp.astype(llm_rank, xp.float32), xp.astype(rm_rank, xp.float32)
+    overall = _stratum(*ranks, xp.ones_like(llm_rank, dtype=xp.bool))
+    if hard is None:
+        if discriminable is not None:
+            raise ValueError("hard: expected shape (B,) beside discriminable, got None; pass difficulty(...)")
+        return RewardInfluence(overall, None, None)
+    check_shape("hard", hard, "B", sizes, kind="bool")
+    if discriminable is None:
+        return RewardInfluence(overall, _stratum(*ranks, hard), None)
+    check_shape("discriminable", discriminable, "B", sizes, kind="bool")
+    return RewardInfluence(overall, _stratum(*ranks, hard), _stratum(*ranks, hard & discriminable))
+
+
+def _stratum(llm_rank, rm_rank, member):
+    """Averages over the members, by sums under a mask: an index by a boolean could not be traced."""
+    xp = array_namespace(llm_rank, rm_rank, member)
+    number = xp.sum(xp.astype(member, xp.float32))
+
+    def mean(values):
+        total = xp.sum(xp.where(member, values, 0.0))
+        return xp.where(number > 0, total / xp.where(number > 0, number, 1.0), float("nan"))
+
+    return Stratum(mean(llm_rank), mean(rm_rank), mean(llm_rank - rm_rank), number / member.shape[0])

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: MIT
+"""The losses: supervised (eq. 2), policy gradient (eq. 4), and the two joined by the sample-level clip (eq. 5)."""
+
+from typing import Any, NamedTuple
+
+from ._checks import REAL, check_dtype, check_positive, check_same_shape, check_scalar, check_shape
+from ._compat import array_namespace, stop_gradient, widen
+from .advantages import group_advantages
+from .gate import difficulty, reliability, sample_clip
+from .ranks import policy_rank, reward_ranks
+
+
+class AdaGRPOLoss(NamedTuple):
+    """What :func:`adagrpo_loss` returns; a named tuple, hence a pytree to JAX.
+
+    Attributes
+    ----------
+    loss : array, shape (B,)
+        nll + lam * clip * grpo (eq. 5). Train on its mean over the batch.
+    nll : array, shape (B,)
+        Supervised loss (eq. 2), nats per token.
+    grpo : array, shape (B,)
+        Policy-gradient loss (eq. 4), exactly 0 where it is not admitted.
+    clip : array, shape (B,), boolean
+        The admission c (eq. 10); its mean is the gate rate.
+    difficult : array, shape (B,), boolean
+        Eq. 7.
+    reliable : array, shape (B,), boolean
+        Eq. 9.
+    policy_rank : array, shape (B,)
+        Rank of the ground truth by likelihood (eq. 6).
+    reward_rank : array, shape (B,)
+        Rank of the ground truth by reward (eq. 8).
+    negative_ranks : array, shape (B, M)
+        Ranks of the negatives by reward (eq. 8).
+    """
+
+    loss: Any
+    nll: Any
+    grpo: Any
+    clip: Any
+    difficult: Any
+    reliable: Any
+    policy_rank: Any
+    reward_rank: Any
+    negative_ranks: Any
+
+
+def length_normalized(token_logp, /, mask=None):
+    """Mean log-probability of the tokens that count, so that lengths do not matter.
+
+        l = (1/L) * sum_l log pi(s_l | x, s_<l)            (eq. 1, 6)
+
+    Parameters
+    ----------
+    token_logp : array, shape (..., L), real floating
+        Log-probability of each token, in nats.
+    mask : array of the same shape, boolean, optional
+        True where a token counts. Without it all do.
+
+    Returns
+    -------
+    array, shape (...), dtype of ``token_logp``
+        In nats per token.
+
+    Raises
+    ------
+    ValueError
+        For an array without a token axis, a wrong dtype, or a mask of another shape.
+
+    Notes
+    -----
+    Gradient: flows to the tokens that count; the others get exactly 0.
+    NaN: masked tokens are not read. A sequence in which no token counts is NaN, without a gradient.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 3.1, eq. 1 and Section 5, eq. 6.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logp = np.asarray([[-1.0, -2.0, -6.0]])
+    >>> length_normalized(logp).tolist(), length_normalized(logp, np.asarray([[True, True, False]])).tolist()
+    ([-3.0], [-1.5])
+    """
+    xp = array_namespace(token_logp, mask)
+    if len(token_logp.shape) < 1 or token_logp.shape[-1] < 1:
+        raise ValueError(
+            f"token_logp: expected shape (..., L) with L >= 1, got {tuple(token_logp.shape)}; "
+            "put the tokens on the last axis"
+        )
+    check_dtype("token_logp", token_logp, REAL)
+    counts = _counting_tokens("mask", mask, "token_logp", token_logp)
+    return xp.astype(_token_mean(widen(token_logp), counts, float("nan")), token_logp.dtype, copy=False)
+
+
+def nll_loss(target_token_logp, /, mask=None):
+    """The supervised loss: the negative log-likelihood of the ground truth per token.
+
+        NLL[b] = -(1/L) * sum_l log pi(s*_l | x[b], s*_<l)            (eq. 2)
+
+    Parameters
+    ----------
+    target_token_logp : array, shape (B, L), real floating
+        Log-probability of every token of the ground truth, in nats.
+    mask : array, shape (B, L), boolean, optional
+        True where a token counts. Without it all do.
+
+    Returns
+    -------
+    array, shape (B,), dtype of ``target_token_logp``
+        At least 0, in nats per token.
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or dtype.
+
+    Notes
+    -----
+    Gradient: flows to the tokens that count; the others get exactly 0.
+    NaN: masked tokens are not read. A row in which no token counts is NaN, without a gradient.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 3.2, eq. 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> nll_loss(np.asarray([[-1.0, -2.0, -6.0]])).tolist()
+    [3.0]
+    """
+    array_namespace(target_token_logp, mask)
+    check_shape("target_token_logp", target_token_logp, "B L", {})
+    _counting_tokens("mask", mask, "target_token_logp", target_token_logp)
+    return -length_normalized(target_token_logp, mask)
+
+
+def grpo_loss(
+    token_logp,
+    old_token_logp,
+    advantages,
+    /,
+    mask=None,
+    *,
+    clip=None,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    ref_token_logp=None,
+    beta: float = 0.0,
+):
+    """The clipped policy-gradient loss of each prompt: mean over its rollouts of the mean over their tokens.
+
+        GRPO[b] = -(1/K) sum_k (1/L) sum_l min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A)            (eq. 4)
+        with w[b,k,l] = exp(token_logp - old_token_logp) and A = advantages[b,k]
+
+    Parameters
+    ----------
+    token_logp : array, shape (B, K, L), real floating
+        Log-probability of the rollouts' tokens under the policy that learns, in nats.
+    old_token_logp : array, shape (B, K, L), real floating
+        The same under the policy that sampled. On-policy, pass ``token_logp`` once more: the ratio is then 1.
+    advantages : array, shape (B, K), real floating
+        From :func:`group_advantages`.
+    mask : array, shape (B, K, L), boolean, optional
+        True where a token counts. A rollout in which none counts adds 0; the mean over K still includes it.
+    clip : array, shape (B,), boolean, optional
+        From :func:`sample_clip`; without it every prompt is admitted. What is not admitted is removed before the
+        exponential, so that the loss and every gradient there are exactly 0.
+    epsilon : float
+        How far the ratio may fall below 1 (and rise above it). 0.2 is PPO's; the paper names no value.
+    epsilon_high : float, optional
+        How far the ratio may rise, where this differs from ``epsilon`` (DAPO's clip-higher).
+    ref_token_logp : array, shape (B, K, L), real floating, optional
+        Log-probability under a reference policy, for ``beta``.
+    beta : float
+        Weight of the KL penalty to the reference, by the estimator exp(d) - d - 1 with d = ref - token_logp. None by
+        default, as in the paper's objective.
+
+    Returns
+    -------
+    array, shape (B,), dtype of ``token_logp``
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or dtype, epsilon <= 0, epsilon_high <= 0, beta < 0, or beta without a reference.
+
+    Notes
+    -----
+    Gradient: flows to ``token_logp`` alone; the old and reference log-probabilities and the advantages are constants.
+    NaN: masked tokens and prompts that are not admitted are not read, in value and gradient. Elsewhere a NaN, or a
+    ratio that overflows, reaches the loss of its own prompt and of no other.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 3.3, eq. 4. Clip-higher: arXiv 2503.14476. The KL estimator: arXiv 2402.03300, eq. 4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logp = np.log(np.asarray([[[0.5], [0.5]]]))
+    >>> old = np.log(np.asarray([[[0.25], [0.5]]]))  # ratios 2 and 1
+    >>> grpo_loss(logp, old, np.asarray([[1.0, -1.0]])).round(3).tolist()  # -(1.2 - 1) / 2
+    [-0.1]
+    """
+    xp = array_namespace(token_logp, old_token_logp, advantages, mask, clip, ref_token_logp)
+    sizes = {}
+    check_shape("token_logp", token_logp, "B K L", sizes)
+    check_shape("old_token_logp", old_token_logp, "B K L", sizes)
+    check_shape("advantages", advantages, "B K", sizes)
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    check_positive("epsilon", epsilon)
+    check_positive("epsilon_high", epsilon_high)
+    _check_reference(ref_token_logp, beta, sizes)
+    live = _counting_tokens("mask", mask, "token_logp", token_logp)
+    A = stop_gradient(widen(advantages))
+    if clip is not None:
+        check_shape("clip", clip, "B", sizes, kind="bool")
+        live = live & clip[:, None, None]
+        A = xp.where(clip[:, None], A, 0.0)
+    A = A[:, :, None]
+
+    # Masked on this side of the exponential: masked behind it, an overflow would send NaN back through the gradient.
+    logp = xp.where(live, widen(token_logp), 0.0)
+    old = xp.where(live, stop_gradient(widen(old_token_logp)), 0.0)
+    ratio = xp.exp(logp - old)
+    low, high = 1 - epsilon, 1 + epsilon_high
+    clipped = xp.where(ratio < low, low, xp.where(ratio > high, high, ratio))
+    loss = -xp.minimum(ratio * A, clipped * A)
+    if beta > 0:
+        gap = xp.where(live, stop_gradient(widen(ref_token_logp)), 0.0) - logp
+        loss = loss + (xp.exp(gap) - gap - 1) * beta
+    return xp.astype(xp.mean(_token_mean(loss, live, 0.0), axis=1), token_logp.dtype, copy=False)
+
+
+def adagrpo_loss(
+    target_token_logp,
+    token_logp,
+    old_token_logp,
+    rewards,
+    target_reward,
+    negative_rewards,
+    /,
+    target_mask=None,
+    mask=None,
+    *,
+    target_old_logp=None,
+    ref_token_logp=None,
+    tau: float = 1 / 3,
+    rho: float = 0.1,
+    lam: float = 1.0,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    beta: float = 0.0,
+    ties: str = "min",
+    eps: float = 1e-4,
+    correction: int = 1,
+) -> AdaGRPOLoss:
+    """The whole objective in one call: supervision for all, the policy gradient for the admitted.
+
+        loss[b] = NLL[b] + lam * c[b] * GRPO[b]            (eq. 5)
+
+    Parameters
+    ----------
+    target_token_logp : array, shape (B, L*), real floating
+        Log-probability of the ground truth's tokens under the policy that learns, in nats. Its L* may differ from L.
+    token_logp : array, shape (B, K, L), real floating
+        The same of the rollouts' tokens.
+    old_token_logp : array, shape (B, K, L), real floating
+        The rollouts' under the policy that sampled, which the difficulty is judged by. On-policy, pass ``token_logp``.
+    rewards : array, shape (B, K), real floating
+        Rewards of the rollouts under their prompt. All rewards of a row are in one unit.
+    target_reward : array, shape (B,), real floating
+        Reward of the ground truth under its prompt.
+    negative_rewards : array, shape (B, M), real floating
+        Rewards of other prompts' rollouts under this prompt; see :func:`in_batch_negatives`.
+    target_mask : array, shape (B, L*), boolean, optional
+        True where a token of the ground truth counts.
+    mask : array, shape (B, K, L), boolean, optional
+        True where a token of a rollout counts. A rollout without any cannot be ranked, so its prompt is not admitted.
+    target_old_logp : array, shape (B,), real floating, optional
+        Length-normalised log-likelihood of the ground truth under the policy that sampled. Without it
+        ``target_token_logp`` is used, which is the same thing on-policy.
+    ref_token_logp : array, shape (B, K, L), real floating, optional
+        See :func:`grpo_loss`; the penalty is admitted or not along with the rest.
+    tau, rho : float
+        See :func:`difficulty` and :func:`reliability`.
+    lam : float
+        Scale of the admitted policy gradient. The paper names no value; 1 is our choice.
+    epsilon, epsilon_high, beta
+        See :func:`grpo_loss`.
+    ties : {"min", "max", "average"}
+        See :func:`policy_rank` and :func:`reward_ranks`.
+    eps, correction
+        See :func:`group_advantages`.
+
+    Returns
+    -------
+    AdaGRPOLoss
+        ``loss`` and ``nll`` in the dtype of ``target_token_logp``, ``grpo`` in that of ``token_logp``.
+
+    Raises
+    ------
+    ValueError
+        Where any of the functions it is made of would.
+
+    Notes
+    -----
+    Gradient: flows to ``target_token_logp`` (NLL) and, where admitted, to ``token_logp``; to nothing else.
+    NaN: anywhere in a prompt's pools it closes that prompt's clip. A prompt that is not admitted adds its NLL and
+    exactly nothing else, to value and gradient, even if its rewards or ratios are NaN or infinite. An infinite reward
+    can be ranked but has no advantage: among the rollouts of an admitted prompt it makes that prompt's loss NaN.
+
+    Half precision is widened to float32 first and rounded once at the end, so ranks are those of the given values.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 5, eq. 5 to 10.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logp = np.log(np.asarray([[[0.5], [0.3], [0.2]]]))
+    >>> target = np.log(np.asarray([[0.1]]))
+    >>> out = adagrpo_loss(target, logp, logp, np.asarray([[0.2, 0.3, 0.4]]), np.asarray([0.9]), np.asarray([[0.1]]))
+    >>> out.clip.tolist(), out.policy_rank.tolist(), out.reward_rank.tolist(), out.negative_ranks.tolist()
+    ([True], [4], [1], [[5]])
+    """
+    xp = array_namespace(target_token_logp, token_logp, old_token_logp, rewards, target_reward, negative_rewards)
+    sizes = {}
+    check_shape("target_token_logp", target_token_logp, "B L*", sizes)
+    _counting_tokens("target_mask", target_mask, "target_token_logp", target_token_logp)
+    check_shape("token_logp", token_logp, "B K L", sizes)
+    check_shape("old_token_logp", old_token_logp, "B K L", sizes)
+    check_shape("rewards", rewards, "B K", sizes)
+    check_scalar("lam", lam)
+
+    nll = nll_loss(widen(target_token_logp), target_mask)
+    if target_old_logp is None:
+        target_old_logp = -nll
+    check_shape("target_old_logp", target_old_logp, "B", sizes)
+    rollout_logp = length_normalized(widen(old_token_logp), mask)  # the policy-side pool, but for the truth
+    pools = (target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
+    difficult = difficulty(*pools[0], tau=tau, ties=ties)
+    reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)
+    clip = sample_clip(difficult, reliable)
+
+    advantages = group_advantages(widen(rewards), eps=eps, correction=correction)
+    surrogate = {"epsilon": epsilon, "epsilon_high": epsilon_high, "ref_token_logp": ref_token_logp, "beta": beta}
+    grpo = grpo_loss(widen(token_logp), old_token_logp, advantages, mask, clip=clip, **surrogate)
+    return AdaGRPOLoss(
+        xp.astype(nll + grpo * lam, target_token_logp.dtype, copy=False),
+        xp.astype(nll, target_token_logp.dtype, copy=False),
+        xp.astype(grpo, token_logp.dtype, copy=False),
+        clip,
+        difficult,
+        reliable,
+        policy_rank(*pools[0], ties=ties),
+        *reward_ranks(*pools[1], ties=ties),
+    )
+
+
+def _token_mean(values, counts, empty):
+    """Mean over the last axis of the values that count; ``empty`` where none does, without a gradient."""
+    xp = array_namespace(values, counts)
+    total = xp.sum(xp.where(counts, values, 0.0), axis=-1)
+    number = xp.sum(xp.astype(counts, values.dtype), axis=-1)
+    return xp.where(number > 0, total / xp.where(number > 0, number, 1.0), empty)
+
+
+def _counting_tokens(name, mask, like_name, like):
+    """The checked mask, or one that counts every token."""
+    if mask is None:
+        xp = array_namespace(like)
+        return xp.ones_like(like, dtype=xp.bool)
+    check_same_shape(name, mask, like_name, like, kind="bool")
+    return mask
+
+
+def _check_reference(ref_token_logp, beta, sizes):
+    check_positive("beta", beta, zero_too=True)
+    if ref_token_logp is not None:
+        check_shape("ref_token_logp", ref_token_logp, "B K L", sizes)
+    elif beta > 0:
+        raise ValueError(f"ref_token_logp: expected shape (B, K, L) for beta={beta!r}, got None; pass it, or beta=0")
