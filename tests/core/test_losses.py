@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""The policy-gradient loss (eq. 4) and the whole objective (eq. 5): values, and what NaN and infinity may touch."""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adagrpo_core import (
+    adagrpo_loss,
+    difficulty,
+    group_advantages,
+    grpo_loss,
+    length_normalized,
+    nll_loss,
+    policy_rank,
+    reliability,
+    reward_ranks,
+    sample_clip,
+)
+
+from . import oracle
+from . import strategies as draw
+from .backends import JAX, JIT, NUMPY, TORCH, every_backend, every_eager_backend
+
+INF, NAN = float("inf"), float("nan")
+nan_is_meant = pytest.mark.filterwarnings("ignore:invalid value encountered")
+
+
+# -- equation 4 -------------------------------------------------------------------------------------------------------
+
+
+@every_backend
+@given(
+    size=draw.sizes,
+    data=st.data(),
+    masked=st.booleans(),
+    high=st.sampled_from([None, 0.28]),
+    beta=st.sampled_from([0.0, 0.5]),
+)
+def test_the_surrogate_is_equation_4_averaged_over_tokens_then_rollouts(xp, size, data, masked, high, beta):
+    shape = size.B, size.K, size.L
+    new, old, ref = (data.draw(draw.logps(shape)) for _ in range(3))
+    old = new + (old - new) / 8  # ratios on both sides of the clip range and within
+    advantages = data.draw(draw.grid(shape[:2]))
+    arrays = {"mask": data.draw(draw.masks(shape))} if masked else {}
+    arrays |= {"ref_token_logp": ref} if beta else {}
+    found = xp.run(grpo_loss, new, old, advantages, **arrays, epsilon=0.2, epsilon_high=high, beta=beta)
+    for b in range(size.B):
+        mask = arrays["mask"][b] if masked else None
+        expected = oracle.grpo(new[b], old[b], advantages[b], mask, 0.2, high or 0.2, ref[b], beta)
+        assert math.isclose(found[b], expected, rel_tol=1e-9, abs_tol=1e-9)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "ratio, advantage, expected",
+    [
+        (1.5, 1.0, -1.2),  # rises too far: no more than 1 + epsilon is rewarded
+        (0.5, 1.0, -0.5),  # falls though good: the full loss, pulling it back
+        (1.5, -1.0, 1.5),  # rises though bad: the full loss, pushing it back
+        (0.5, -1.0, 0.8),  # falls too far: no more than 1 - epsilon is rewarded
+        (1.1, 1.0, -1.1),
+        (0.9, -1.0, 0.9),
+    ],
+)
+def test_a_worked_example_of_the_clip(xp, ratio, advantage, expected):
+    new, old = np.log(np.asarray([[[ratio / 2]]])), np.log(np.asarray([[[0.5]]]))
+    assert math.isclose(xp.run(grpo_loss, new, old, np.asarray([[advantage]])).item(), expected, rel_tol=1e-12)
+
+
+@every_backend
+def test_epsilon_high_moves_the_upper_end_of_the_clip_range_alone(xp):
+    new, old = np.log(np.asarray([[[0.9], [0.1]]])), np.log(np.asarray([[[0.3], [0.3]]]))  # ratios 3 and 1/3
+    advantages = np.asarray([[1.0, -1.0]])
+    losses = [xp.run(grpo_loss, new, old, advantages, epsilon=0.2, epsilon_high=high).item() for high in (None, 0.2, 1)]
+    np.testing.assert_allclose(losses, [(-1.2 + 0.8) / 2, (-1.2 + 0.8) / 2, (-2 + 0.8) / 2], rtol=1e-12)
+
+
+@every_backend
+def test_a_rollout_without_tokens_adds_nothing_and_still_counts_in_the_mean(xp):
+    logp, mask = np.zeros((1, 2, 3)), np.asarray([[[True, True, False], [False, False, False]]])
+    assert xp.run(grpo_loss, logp, logp, np.asarray([[3.0, 5.0]]), mask=mask).tolist() == [-1.5]
+
+
+@every_backend
+def test_the_penalty_is_zero_at_the_reference_and_positive_around_it(xp):
+    logp, advantages = np.full((1, 1, 2), -1.0), np.zeros((1, 1))
+    found = [
+        xp.run(grpo_loss, logp, logp, advantages, ref_token_logp=logp + gap, beta=2.0).item()
+        for gap in (0.0, 0.5, -0.5)
+    ]
+    np.testing.assert_allclose(found, [0, 2 * (math.exp(0.5) - 1.5), 2 * (math.exp(-0.5) - 0.5)], atol=1e-15)
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_masked_or_not_admitted_is_never_read_by_the_surrogate(xp, bad):
+    new, old, ref = (np.random.default_rng(seed).normal(size=(3, 2, 2)) for seed in range(3))
+    advantages, mask, clip = (
+        np.asarray([[1.0, -1.0]] * 3),
+        np.ones((3, 2, 2), dtype=bool),
+        np.asarray([True, False, True]),
+    )
+    mask[2, 1, 0] = False
+    options = {"mask": mask, "clip": clip, "beta": 0.1}
+    before = xp.run(grpo_loss, new, old, advantages, ref_token_logp=ref, **options)
+    for array in (new, old, ref):
+        array[1], array[2, 1, 0] = bad, bad
+    advantages[1] = bad
+    with np.errstate(all="raise"):  # masked before the exponential: NumPy would remark on what comes of it after
+        after = xp.run(grpo_loss, new, old, advantages, ref_token_logp=ref, **options)
+    np.testing.assert_array_equal(after, before)
+    assert after[1] == 0 != after[0]
+
+
+@every_backend
+@nan_is_meant
+def test_a_nan_that_is_admitted_reaches_the_loss_of_its_own_prompt_and_of_no_other(xp):
+    new = np.random.default_rng(0).normal(size=(3, 2, 2))
+    advantages = np.asarray([[1.0, -1.0]] * 3)
+    before = xp.run(grpo_loss, new, new, advantages)
+    spoilt = new.copy()
+    spoilt[1, 0, 0] = NAN
+    after = xp.run(grpo_loss, spoilt, new, advantages)
+    assert np.isnan(after[1])
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+
+
+# -- equation 5 -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def instances(draw_):
+    """Everything that adagrpo_loss takes, in eighths where a mean decides a rank."""
+    size, target_reward, rewards, negative_rewards = pool = draw_(draw.pools())
+    target = draw_(draw.logps((size.B, size.L)))
+    if draw_(st.booleans()):  # the truth at the bottom, or too few instances would be admitted
+        target = target - 4
+    old = draw_(draw.logps((size.B, size.K, size.L)))
+    if draw_(st.booleans()):
+        old[:, 0] = target  # a rollout repeats the truth
+    new = old + draw_(draw.logps(old.shape)) / 8 + 0.125
+    return pool[0], (target, new, old, rewards, target_reward, negative_rewards)
+
+
+@every_eager_backend
+@given(
+    instance=instances(),
+    data=st.data(),
+    rho=draw.rhos,
+    ties=draw.ties,
+    masked=st.booleans(),
+    lam=st.sampled_from([0.5, 2.0]),
+)
+def test_the_whole_objective_is_equations_2_to_10(xp, instance, data, rho, ties, masked, lam):
+    size, arrays = instance
+    tau = data.draw(draw.taus(size.K))
+    masks = {"target_mask": data.draw(draw.masks((size.B, size.L))), "mask": data.draw(draw.masks(arrays[1].shape))}
+    masks = masks if masked else {}
+    options = {"tau": float(tau), "rho": float(rho), "ties": ties, "lam": lam, "epsilon": 0.1, "eps": 0.5}
+    out = xp.run(adagrpo_loss, *arrays, **masks, **options)
+    for b in range(size.B):
+        target, new, old, rewards, target_reward, negatives = (array[b] for array in arrays)
+        mask = masks["mask"][b] if masked else None
+        nll = oracle.nll(target, masks["target_mask"][b] if masked else None)
+        pool = [oracle.length_normalized(old[k], mask[k] if masked else None) for k in range(size.K)]
+        hard = oracle.difficulty(-nll, pool, tau, ties)
+        clear = oracle.reliability(target_reward, rewards, negatives, tau, rho, ties)
+        grpo = (
+            oracle.grpo(new, old, oracle.advantages(rewards, Fraction(1, 2)), mask, 0.1, 0.1) if hard and clear else 0
+        )
+        assert [out.difficult[b], out.reliable[b], out.clip[b]] == [hard, clear, hard and clear]
+        np.testing.assert_allclose(out.nll[b], float(nll), rtol=1e-12)
+        np.testing.assert_allclose(out.grpo[b], grpo, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(out.loss[b], float(nll) + lam * grpo, rtol=1e-9, atol=1e-9)
+        everything = oracle.reward_pool(target_reward, rewards, negatives)
+        assert out.reward_rank[b] == oracle.rank(target_reward, everything, ties)
+        assert out.negative_ranks[b].tolist() == [oracle.rank(negative, everything, ties) for negative in negatives]
+        if not any(math.isnan(entry) for entry in [*pool, nll]):
+            assert out.policy_rank[b] == oracle.rank(-nll, oracle.policy_pool(-nll, pool), ties)
+
+
+@every_eager_backend
+@given(instance=instances(), ties=draw.ties)
+def test_one_call_gives_exactly_what_its_parts_give(xp, instance, ties):
+    _, (target, new, old, rewards, target_reward, negatives) = instance
+    out = xp.run(adagrpo_loss, target, new, old, rewards, target_reward, negatives, ties=ties, tau=0.4, rho=0.5)
+    target_logp, rollout_logp = xp.run(length_normalized, target), xp.run(length_normalized, old)
+    hard = xp.run(difficulty, target_logp, rollout_logp, tau=0.4, ties=ties)
+    clear = xp.run(reliability, target_reward, rewards, negatives, tau=0.4, rho=0.5, ties=ties)
+    clip = xp.run(sample_clip, hard, clear)
+    advantages = xp.run(group_advantages, rewards)
+    grpo = xp.run(grpo_loss, new, old, advantages, clip=clip)
+    nll = xp.run(nll_loss, target)
+    ranks = xp.run(reward_ranks, target_reward, rewards, negatives, ties=ties)
+    expected = (nll, grpo, clip, hard, clear, xp.run(policy_rank, target_logp, rollout_logp, ties=ties), *ranks)
+    for found, wanted in zip(out[1:], expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(out.loss, nll + grpo, rtol=1e-12, atol=1e-12)
+
+
+def admitted(B=4, K=5, L=3, M=2, seed=0):
+    """Arrays of which every prompt is admitted: the truth least likely and best rewarded, the negatives worst."""
+    make = np.random.default_rng(seed)
+    old = make.uniform(-2, -1, (B, K, L))
+    new = old + make.uniform(-0.4, 0.4, old.shape)
+    target, rewards = make.uniform(-4, -3, (B, L)), make.uniform(0, 1, (B, K))
+    return target, new, old, rewards, np.full(B, 2.0), make.uniform(-2, -1, (B, M))
+
+
+@every_backend
+def test_the_truth_is_judged_by_the_sampling_policy_where_its_likelihood_is_given(xp):
+    arrays = admitted()
+    assert xp.run(adagrpo_loss, *arrays).clip.all()
+    known = np.asarray([-3.5, -0.5, -3.5, NAN])  # of row 1 the sampling policy was sure, of row 3 nothing is known
+    out = xp.run(adagrpo_loss, *arrays, target_old_logp=known)
+    assert out.clip.tolist() == [True, False, True, False]
+    assert out.policy_rank[:3].tolist() == [6, 1, 6]
+    np.testing.assert_array_equal(out.nll, xp.run(nll_loss, arrays[0]))
+
+
+@every_backend
+def test_difficulty_is_judged_by_the_policy_that_sampled_not_by_the_one_that_learns(xp):
+    target, new, old, *rewards = admitted()
+    assert xp.run(adagrpo_loss, target, new - 9, old, *rewards).clip.all()
+    assert not xp.run(adagrpo_loss, target, new, old - 9, *rewards).clip.any()
+
+
+@every_backend
+def test_the_truth_may_have_another_length_than_the_rollouts(xp):
+    target, *rest = admitted()
+    short = xp.run(adagrpo_loss, target[:, :1], *rest)
+    np.testing.assert_allclose(short.nll, -target[:, 0], rtol=1e-15)
+
+
+# -- NaN and infinity: an instance that is not admitted adds its NLL and exactly nothing else -------------------------
+
+CLOSED = 1  # the row that is made to fail the gate, and is then poisoned
+
+
+def poisoned(how, bad):
+    """Arrays whose row CLOSED is not admitted, before and after a value that cannot be computed with is put there."""
+    target, new, old, rewards, target_reward, negatives = clean = admitted()
+    ref = old - 0.1
+    # Closed by the diagnostic that the poison leaves alone, or by both.
+    if "reward" in how or how == "everything":
+        target[CLOSED] = -0.5  # not difficult
+    if "reward" not in how:
+        target_reward[CLOSED] = -9.0  # not reliable
+    before = [array.copy() for array in (*clean, ref)]
+    for array in {
+        "rewards": (rewards, negatives),
+        "one reward": (rewards[:, :1],),
+        "log-probabilities": (new,),
+        "sampling log-probabilities": (old,),
+        "reference": (ref,),
+        "everything": (new, old, ref, rewards, negatives, target_reward),
+    }[how]:
+        array[CLOSED] = bad
+    return before, [*clean, ref]
+
+
+WAYS = ["rewards", "one reward", "log-probabilities", "sampling log-probabilities", "reference", "everything"]
+poisons = pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+ways = pytest.mark.parametrize("how", WAYS)
+
+
+@every_backend
+@poisons
+@ways
+@nan_is_meant
+def test_value_an_instance_that_is_not_admitted_adds_exactly_its_nll(xp, how, bad):
+    before, after = poisoned(how, bad)
+    out, clean = (
+        xp.run(adagrpo_loss, *arrays[:6], ref_token_logp=arrays[6], beta=0.1, lam=3.0) for arrays in (after, before)
+    )
+    assert out.clip.tolist() == clean.clip.tolist() == [True, False, True, True]
+    assert out.grpo[CLOSED] == 0
+    assert out.loss[CLOSED] == out.nll[CLOSED] == xp.run(nll_loss, after[0])[CLOSED]
+    np.testing.assert_array_equal(out.loss, clean.loss)
+
+
+def gradients_in_torch(arrays):
+    leaves = [torch.tensor(array, requires_grad=True) for array in arrays]
+    loss = adagrpo_loss(*leaves[:6], ref_token_logp=leaves[6], beta=0.1, lam=3.0).loss
+    loss.mean().backward()
+    return [
+        np.zeros_like(array) if leaf.grad is None else leaf.grad.numpy()
+        for leaf, array in zip(leaves, arrays, strict=True)
+    ]
+
+
+def _mean_loss(*arrays):
+    return adagrpo_loss(*arrays[:6], ref_token_logp=arrays[6], beta=0.1, lam=3.0).loss.mean()
+
+
+_gradient = jax.grad(_mean_loss, argnums=tuple(range(7)))
+_jitted_gradient = jax.jit(_gradient)
+
+
+def gradients_in_jax(arrays):
+    return [np.asarray(gradient) for gradient in _gradient(*map(jnp.asarray, arrays))]
+
+
+def gradients_in_jit(arrays):
+    return [np.asarray(gradient) for gradient in _jitted_gradient(*map(jnp.asarray, arrays))]
+
+
+every_gradient = pytest.mark.parametrize("gradients", [gradients_in_torch, gradients_in_jax, gradients_in_jit])
+
+
+@every_gradient
+@poisons
+@ways
+def test_gradient_an_instance_that_is_not_admitted_adds_exactly_that_of_its_nll(gradients, how, bad):
+    before, after = poisoned(how, bad)
+    found, clean = gradients(after), gradients(before)
+    assert (found[1][CLOSED] == 0).all() and (found[1][[0, 2, 3]] != 0).any()
+    np.testing.assert_allclose(found[0], np.full((4, 3), -1 / 12), rtol=1e-15)  # of mean_b mean_l -logp
+    for one, other in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for constant in found[2:]:  # old and reference log-probabilities and all rewards
+        assert (constant == 0).all()
+
+
+@every_gradient
+@poisons
+def test_gradient_a_masked_token_is_never_read(gradients, bad):
+    def run(arrays):
+        target_mask, mask = np.ones((4, 3), dtype=bool), np.ones((4, 5, 3), dtype=bool)
+        target_mask[:, 2], mask[:, 3, 1:] = False, False
+        return masked_gradients(gradients, arrays, target_mask, mask)
+
+    clean = [*admitted(), admitted()[2] - 0.1]
+    spoilt = [array.copy() for array in clean]
+    spoilt[0][:, 2] = bad
+    for array in (spoilt[1], spoilt[2], spoilt[6]):
+        array[:, 3, 1:] = bad
+    (value, found), (clean_value, expected) = run(spoilt), run(clean)
+    assert value == clean_value
+    assert (found[0][:, 2] == 0).all() and (found[1][:, 3, 1:] == 0).all() and (found[1] != 0).any()
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def masked_gradients(gradients, arrays, target_mask, mask):
+    if gradients is gradients_in_torch:
+        leaves = [torch.tensor(array, requires_grad=True) for array in arrays[:2]]
+        rest = [torch.tensor(array) for array in arrays[2:]]
+        masks = torch.tensor(target_mask), torch.tensor(mask)
+        out = adagrpo_loss(*leaves, *rest[:4], *masks, ref_token_logp=rest[4], beta=0.1)
+        assert out.clip.all()
+        out.loss.mean().backward()
+        return out.loss.mean().item(), [leaf.grad.numpy() for leaf in leaves]
+
+    def mean_loss(target, new, rest):
+        return adagrpo_loss(target, new, *rest[:4], target_mask, mask, ref_token_logp=rest[4], beta=0.1).loss.mean()
+
+    target_mask, mask = jnp.asarray(target_mask), jnp.asarray(mask)
+    target, new, *rest = map(jnp.asarray, arrays)
+    function = jax.value_and_grad(mean_loss, argnums=(0, 1))
+    value, found = (jax.jit(function) if gradients is gradients_in_jit else function)(target, new, rest)
+    return float(value), [np.asarray(gradient) for gradient in found]
+
+
+@pytest.mark.parametrize("xp", [NUMPY, TORCH, JAX, JIT], ids=lambda xp: xp.name)
+@nan_is_meant
+def test_prompts_do_not_see_each_other(xp):
+    arrays = admitted(B=4)
+    together = xp.run(adagrpo_loss, *arrays)
+    for b in range(4):
+        alone = xp.run(adagrpo_loss, *(array[b : b + 1] for array in arrays))
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_allclose(one[0], other[b], rtol=1e-14)

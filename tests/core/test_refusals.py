@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MIT
+"""What is refused, and that the message says which argument, what was expected, what came, and what to do."""
+
+import inspect
+import re
+
+import array_api_strict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import adagrpo_core as core
+
+from .test_gradients_and_tracing import B, K, L, M, arrays
+
+A = arrays()
+ARGUMENTS = {  # function: its arrays by name, then the settings it needs
+    "length_normalized": ({"token_logp": A["new"], "mask": A["mask"]}, {}),
+    "policy_rank": ({"target_logp": A["target_logp"], "rollout_logp": A["rollout_logp"]}, {}),
+    "difficulty": ({"target_logp": A["target_logp"], "rollout_logp": A["rollout_logp"]}, {}),
+    "reward_ranks": (
+        {"target_reward": A["target_reward"], "rollout_rewards": A["rewards"], "negative_rewards": A["negatives"]},
+        {},
+    ),
+    "reliability": (
+        {"target_reward": A["target_reward"], "rollout_rewards": A["rewards"], "negative_rewards": A["negatives"]},
+        {},
+    ),
+    "sample_clip": ({"difficult": A["clip"], "reliable": A["clip"]}, {}),
+    "group_advantages": ({"rewards": A["rewards"]}, {}),
+    "nll_loss": ({"target_token_logp": A["target"], "mask": A["target_mask"]}, {}),
+    "grpo_loss": (
+        {
+            "token_logp": A["new"],
+            "old_token_logp": A["old"],
+            "advantages": A["advantages"],
+            "mask": A["mask"],
+            "clip": A["clip"],
+            "ref_token_logp": A["ref"],
+        },
+        {"beta": 0.1},
+    ),
+    "adagrpo_loss": (
+        {
+            "target_token_logp": A["target"],
+            "token_logp": A["new"],
+            "old_token_logp": A["old"],
+            "rewards": A["rewards"],
+            "target_reward": A["target_reward"],
+            "negative_rewards": A["negatives"],
+            "target_mask": A["target_mask"],
+            "mask": A["mask"],
+            "target_old_logp": A["target_logp"],
+            "ref_token_logp": A["ref"],
+        },
+        {"beta": 0.1},
+    ),
+    "target_row_advantages": ({"advantages": A["advantages"], "clip": A["clip"]}, {"lam": 0.5}),
+    "in_batch_negatives": ({"keys": A["keys"]}, {"k": K, "m": 3}),
+    "group": ({"flat": A["target"]}, {"k": 2}),
+    "ungroup": ({"grouped": A["target"]}, {}),
+    "group_by": ({"index": np.asarray([2, 1, 2, 1])}, {}),
+    "reward_influence": (
+        {"llm_rank": A["ranks"], "rm_rank": A["ranks"], "hard": A["clip"], "discriminable": A["clip"]},
+        {},
+    ),
+}
+EVERY_ARRAY = [(function, name) for function, (given, _) in ARGUMENTS.items() for name in given]
+every_array = pytest.mark.parametrize("function, name", EVERY_ARRAY)
+
+
+def call(function, given, settings, into=np.asarray):
+    """Arrays by position where the signature wants it."""
+    kinds = inspect.signature(getattr(core, function)).parameters
+    given = {name: into(array) for name, array in given.items()}
+    positional = [array for name, array in given.items() if kinds[name].kind is inspect.Parameter.POSITIONAL_ONLY]
+    named = {name: array for name, array in given.items() if kinds[name].kind is not inspect.Parameter.POSITIONAL_ONLY}
+    return getattr(core, function)(*positional, **named, **settings)
+
+
+def refusal(function, given, settings, into=np.asarray):
+    with pytest.raises(ValueError) as caught:
+        call(function, given, settings, into)
+    message = str(caught.value)
+    assert re.fullmatch(r"\w+: expected .+, got .+[;,] .+", message), message  # fullmatch without DOTALL: one line
+    return message
+
+
+def refused(function, name, array):
+    given, settings = ARGUMENTS[function]
+    message = refusal(function, {**given, name: array}, settings)
+    others = [other for other in given if other != name]
+    assert re.match("|".join([name, *others]), message)
+    return message
+
+
+def test_the_table_of_arguments_covers_every_public_function_and_array():
+    functions = {name for name in core.__all__ if inspect.isfunction(getattr(core, name))}
+    assert functions == set(ARGUMENTS)
+    settings = {"ties", "tau", "rho", "lam", "epsilon", "epsilon_high", "beta", "eps", "correction", "k", "m"}
+    for function, (given, _) in ARGUMENTS.items():
+        assert set(inspect.signature(getattr(core, function)).parameters) - settings == set(given)
+        call(function, *ARGUMENTS[function])
+
+
+@every_array
+def test_one_axis_too_few_is_refused_by_name(function, name):
+    array = ARGUMENTS[function][0][name]
+    while array.ndim and (function, name) in [("group", "flat"), ("ungroup", "grouped")]:
+        array = array[0]  # these take any number of further axes
+    if function == "length_normalized" and name == "token_logp":
+        array = np.asarray(-1.0)
+    message = refused(function, name, array[0] if array.ndim else array)
+    assert message.startswith(f"{name}: ") or function == "length_normalized"
+
+
+@every_array
+def test_one_axis_too_many_is_refused_by_name(function, name):
+    if (function, name) in [("group", "flat"), ("ungroup", "grouped"), ("length_normalized", "token_logp")]:
+        return  # any number of axes
+    array = ARGUMENTS[function][0][name]
+    for wrong in (array[..., None], array[None]):  # (B,) against (B, 1) is the classic
+        assert refused(function, name, wrong).startswith(f"{name}: ")
+
+
+@every_array
+def test_no_axis_broadcasts_not_even_one_of_size_one(function, name):
+    """Every axis that another argument shares is cut to one entry, and grown by one."""
+    given, settings = ARGUMENTS[function]
+    array = given[name]
+    for axis in range(array.ndim):
+        shared = [other for other in given if other != name and array.shape[axis] in given[other].shape[: array.ndim]]
+        if not shared or (function, name, axis) in FREE:
+            continue
+        for wrong in (array.take([0], axis), np.concatenate([array, array.take([0], axis)], axis)):
+            refusal(function, {**given, name: wrong}, settings)
+
+
+FREE = {("adagrpo_loss", "negative_rewards", 1), ("reward_ranks", "negative_rewards", 1)}
+FREE |= {("reliability", "negative_rewards", 1)}
+
+
+@every_array
+def test_an_empty_axis_is_refused(function, name):
+    if function in ("group", "ungroup"):
+        return  # nothing in, nothing out
+    given, settings = ARGUMENTS[function]
+    array = given[name]
+    for axis in range(array.ndim):
+        if function == "length_normalized" and axis < array.ndim - 1:
+            continue
+        refusal(function, {**given, name: array.take([], axis)}, settings)
+
+
+@every_array
+def test_a_wrong_dtype_is_refused_by_name(function, name):
+    if function in ("group", "ungroup", "group_by"):
+        return  # any dtype
+    array = ARGUMENTS[function][0][name]
+    wrong = array.astype(np.int64) if array.dtype == bool else array.astype(bool)
+    assert refused(function, name, wrong).startswith(f"{name}: expected a ")
+    if array.dtype == np.float64 and name != "keys":
+        assert "xp.astype" in refused(function, name, array.astype(np.int64))
+
+
+def test_a_message_names_the_expected_and_the_given_shape():
+    given, settings = ARGUMENTS["reliability"]
+    message = refusal("reliability", {**given, "negative_rewards": np.zeros((5, 4))}, settings)
+    assert message.startswith("negative_rewards: expected shape (B=4, M), got (5, 4); ")
+    message = refusal("policy_rank", {"target_logp": np.zeros((4, 1)), "rollout_logp": np.zeros((4, 5))}, {})
+    assert message.startswith("target_logp: expected shape (B,), got (4, 1); ")
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+WRONG_SETTINGS = [
+    *[
+        (function, "tau", wrong)
+        for function in ("difficulty", "reliability", "adagrpo_loss")
+        for wrong in (0, 1, -0.1, 1.5, NAN)
+    ],
+    *[(function, "rho", wrong) for function in ("reliability", "adagrpo_loss") for wrong in (0, 1, -0.1, 1.5, NAN)],
+    *[
+        (function, "ties", wrong)
+        for function in ("policy_rank", "reward_ranks", "difficulty", "reliability", "adagrpo_loss")
+        for wrong in ("dense", None, "MIN")
+    ],
+    *[(function, "eps", wrong) for function in ("group_advantages", "adagrpo_loss") for wrong in (-1e-9, NAN)],
+    *[(function, "correction", -1) for function in ("group_advantages", "adagrpo_loss")],
+    *[
+        (function, name, wrong)
+        for function in ("grpo_loss", "adagrpo_loss")
+        for name in ("epsilon", "epsilon_high")
+        for wrong in (0.0, -0.2, NAN)
+    ],
+    *[(function, "beta", wrong) for function in ("grpo_loss", "adagrpo_loss") for wrong in (-0.1, NAN)],
+    *[(function, "lam", np.ones(2)) for function in ("adagrpo_loss", "target_row_advantages")],
+    *[(function, "k", wrong) for function in ("group", "in_batch_negatives") for wrong in (0, -1, 2.0, True)],
+    *[("in_batch_negatives", "m", wrong) for wrong in (0, -1, 1.0)],
+]
+
+
+@pytest.mark.parametrize("function, name, wrong", WRONG_SETTINGS)
+def test_a_setting_that_cannot_work_is_refused_by_name(function, name, wrong):
+    given, settings = ARGUMENTS[function]
+    assert refusal(function, given, {**settings, name: wrong}).startswith(f"{name}: ")
+
+
+def test_a_setting_at_the_edge_of_what_works_is_taken():
+    given, _ = ARGUMENTS["difficulty"]
+    call("difficulty", given, {"tau": 1 / K})
+    call("difficulty", given, {"tau": 0.999})
+    call("in_batch_negatives", *[ARGUMENTS["in_batch_negatives"][0], {"k": K, "m": (B - 1) * K}])
+    call("group_advantages", {"rewards": A["rewards"][:, :2]}, {})
+    call(
+        "grpo_loss",
+        {
+            name: A[key]
+            for name, key in [("token_logp", "new"), ("old_token_logp", "old"), ("advantages", "advantages")]
+        },
+        {"epsilon": 2.0},
+    )
+
+
+@pytest.mark.parametrize("function", ["difficulty", "reliability", "adagrpo_loss"])
+def test_a_tau_that_admits_nothing_is_refused_with_the_tau_and_the_k_that_would_do(function):
+    given, settings = ARGUMENTS[function]
+    message = refusal(function, given, {**settings, "tau": 0.19})  # K is 5
+    assert message.startswith("tau: expected tau * K >= 1, got tau=0.19 with K=5")
+    assert "1/5 or more" in message and "K >= 6" in message
+
+
+@pytest.mark.parametrize("function", ["group_advantages", "adagrpo_loss"])
+def test_a_group_too_small_for_a_spread_is_refused_with_both_remedies(function):
+    given, settings = ARGUMENTS[function]
+    message = refusal(function, given, {**settings, "correction": K})
+    assert message.startswith(f"rewards: expected K > correction={K}, got K={K}; ")
+    assert "sample more rollouts" in message and "correction=0" in message
+
+
+def test_more_negatives_than_there_are_others_are_refused_with_the_number_there_are():
+    given, _ = ARGUMENTS["in_batch_negatives"]
+    message = refusal("in_batch_negatives", given, {"k": K, "m": 16})
+    assert message.startswith("m: expected at most (B-1)*k = 15 with B=4 and k=5, got 16; lower m")
+    message = refusal("in_batch_negatives", {"keys": A["keys"][:1, :5]}, {"k": 5, "m": 1})  # a batch of one prompt
+    assert "more prompts" in message
+
+
+def test_keys_and_rows_that_k_does_not_fit_are_refused():
+    assert refusal("in_batch_negatives", *[ARGUMENTS["in_batch_negatives"][0], {"k": 4, "m": 1}]).startswith(
+        "keys: expected shape (B=4, B*k=16), got (4, 20); "
+    )
+    assert refusal("group", {"flat": np.zeros((5, 2))}, {"k": 2}).startswith(
+        "flat: expected shape (B*k, ...) with k=2, got (5, 2); "
+    )
+
+
+@pytest.mark.parametrize("function", ["grpo_loss", "adagrpo_loss"])
+def test_a_penalty_without_its_reference_is_refused(function):
+    given, settings = ARGUMENTS[function]
+    given = {name: array for name, array in given.items() if name != "ref_token_logp"}
+    assert refusal(function, given, settings).startswith("ref_token_logp: ")
+    call(function, given, {"beta": 0.0})
+
+
+def test_discriminable_without_hard_is_refused():
+    given = {name: array for name, array in ARGUMENTS["reward_influence"][0].items() if name != "hard"}
+    assert refusal("reward_influence", given, {}).startswith("hard: ")
+
+
+@pytest.mark.parametrize("into", [torch.tensor, jnp.asarray, array_api_strict.asarray])
+def test_every_library_is_refused_the_same(into):
+    for function, name in EVERY_ARRAY:
+        if function in ("group", "ungroup", "group_by", "length_normalized"):
+            continue
+        given, settings = ARGUMENTS[function]
+        wrong = {**given, name: given[name][None]}
+        assert refusal(function, wrong, settings, into) == refusal(function, wrong, settings)
+
+
+def test_refusals_work_while_tracing():
+    with pytest.raises(ValueError, match=r"^rollout_logp: expected shape \(B=4, K\), got \(5, 4\); "):
+        jax.jit(core.policy_rank)(jnp.zeros(4), jnp.zeros((5, 4)))
+
+
+def test_arrays_of_two_libraries_are_not_mixed():
+    with pytest.raises(TypeError):
+        core.policy_rank(np.zeros(4), torch.zeros(4, 5))
+
+
+def test_sizes_used_here_are_distinct_enough_to_notice_a_mix_up():
+    assert len({B, K, M, L}) == 4
