@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT
+"""What the recipes share: AdaGRPO for a stack that takes nothing but one advantage per row.
+
+Each group holds K rollouts and, as its last row, the ground truth. Copy this file next to your trainer.
+"""
+
+import adagrpo_core as core  # or wherever you copied the folder: from .vendor import adagrpo_core as core
+
+
+def advantage_rows(logp, rewards, negative_rewards, *, lam=1.0, tau=1 / 3, rho=0.1, ties="min", eps=1e-4, correction=1):
+    """Advantages (B, K+1) for the stack's loss, and which prompts were admitted (B,).
+
+    logp, rewards (B, K+1): length-normalised log-likelihood under the policy that sampled, and reward; truth last.
+    negative_rewards (B, M): rewards of other prompts' rollouts under this prompt.
+    """
+    difficult = core.difficulty(logp[:, -1], logp[:, :-1], tau=tau, ties=ties)
+    reliable = core.reliability(rewards[:, -1], rewards[:, :-1], negative_rewards, tau=tau, rho=rho, ties=ties)
+    admitted = core.sample_clip(difficult, reliable)
+    advantages = core.group_advantages(rewards[:, :-1], eps=eps, correction=correction)
+    return core.target_row_advantages(advantages, admitted, lam=lam), admitted
+
+
+def negative_rows(keys, *, k, m):
+    """Rows (B, M) of the flat (B*(K+1)) batch to use as negatives: other groups' rollouts, never a ground truth.
+
+    keys (B, B*K): uniform random numbers, the same on every process.
+    """
+    drawn = core.in_batch_negatives(keys, k=k, m=m)  # counts rollouts only
+    return drawn + drawn // k  # one ground truth stands behind every k rollouts

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""AdaGRPO in TRL: a GRPOTrainer with the ground truth as the last row of each group. Tested with TRL 1.16.0.
+
+Your dataset gets a column ``target_ids``, the tokens of the ground truth exactly as a rollout would hold them (with
+the end-of-sequence token where rollouts end by one). num_generations is K+1: one rollout of each group gives way to
+the ground truth. The reward function is called twice, for the group and for the negatives. See trl_run.py.
+
+TRL shuffles rows after generation and deals groups out over micro-batches and processes. That is harmless: a row
+carries its advantage with it, and the loss is a mean over rows.
+"""
+
+import torch
+from accelerate.utils import gather, gather_object
+from extra_row import advantage_rows, negative_rows
+from trl import GRPOTrainer
+
+import adagrpo_core as core
+
+
+class AdaGRPOTrainer(GRPOTrainer):
+    def __init__(self, *positional, args, negatives=1, gate=None, **keyword):
+        """negatives: M, at most K+1. gate: settings of advantage_rows, such as {"lam": 0.5, "ties": "max"}."""
+        needed = {"loss_type": "grpo", "beta": 0.0, "temperature": 1.0, "num_iterations": 1, "entropy_coef": 0.0,
+                  "use_adaptive_entropy": False, "top_entropy_quantile": 1.0, "mask_truncated_completions": False,
+                  "steps_per_generation": args.gradient_accumulation_steps}  # fmt: skip
+        for name, value in needed.items():
+            if getattr(args, name) != value:
+                raise ValueError(f"{name}: expected {value!r}, got {getattr(args, name)!r}; see docs/vendoring.md")
+        if not 1 <= negatives <= args.num_generations:
+            raise ValueError(f"negatives: expected 1 to num_generations={args.num_generations}, got {negatives}")
+        self.negatives, self.gate = negatives, gate or {}
+        super().__init__(*positional, args=args, **keyword)
+
+    def _positions(self, n):
+        """Where this process's n rows stand in the whole batch."""
+        return range(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        for row, position in enumerate(self._positions(len(ids))):
+            if self.model.training and (position + 1) % self.num_generations == 0:
+                ids[row] = list(self._targets[row])
+                if logprobs is not None:  # vLLM's; without any, TRL takes the ratio to the sampler to be 1
+                    logprobs[row] = [None] * len(ids[row])
+        return ids, logprobs
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        def score(completions, ids):
+            each = super(AdaGRPOTrainer, self)._calculate_rewards(inputs, prompts, completions, ids)
+            total = (each * self.reward_weights.to(each.device)).nansum(1)
+            return each, core.group(total.masked_fill(each.isnan().all(1), torch.nan), self.num_generations)
+
+        each, total = score(completions, completion_ids_list)  # of all processes
+        if self.model.training:
+            texts, ids = gather_object(completions), gather_object(completion_ids_list)
+            B, K = total.shape[0], total.shape[1] - 1
+            make = torch.Generator().manual_seed(self.args.seed + self.state.global_step)  # the same on every process
+            rows = negative_rows(torch.rand(B, B * K, generator=make), k=K, m=self.negatives).tolist()
+            # Every row scores one negative under its own prompt: groups may be split, so each process scores its own.
+            mine = [rows[p // (K + 1)][p % (K + 1) % self.negatives] for p in self._positions(len(prompts))]
+            _, negative = score([texts[row] for row in mine], [ids[row] for row in mine])
+            self._rewards = total, negative[:, : self.negatives]
+        return each
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._targets = [example["target_ids"] for example in inputs]
+        batch = super()._generate_and_score_completions(inputs)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attend = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        length, chunk = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
+        with torch.no_grad():
+            logp = self._get_per_token_logps_and_entropies(self.model, ids, attend, length, batch_size=chunk)[0]
+        logp = gather(core.length_normalized(logp, batch["completion_mask"].bool()))
+        logp = core.group(logp, self.num_generations)  # (B, K+1)
+        advantages, admitted = advantage_rows(logp, *self._rewards, **self.gate)
+        here = self._positions(len(inputs))
+        batch["advantages"] = core.ungroup(advantages)[here.start : here.stop]
+        self._metrics["train"]["adagrpo/nll"].append(-logp[:, -1].mean().item())  # TRL's own loss is a constant now
+        self._metrics["train"]["adagrpo/admitted"].append(admitted.float().mean().item())
+        return batch

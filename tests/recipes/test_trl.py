@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""The TRL recipe in a live GRPOTrainer: its gradient against the objective written out by hand."""
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.peers
+HERE = Path(__file__).parent
+K, RHO = 5, 0.5
+
+
+def step(folder, processes, rows, accumulation):
+    """One optimizer step in fresh processes. Returns the noted arrays, rows of all processes in order."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, str(HERE / "trl_worker.py"), str(folder), str(rows), str(accumulation)]
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(processes)]
+
+
+def by_hand(noted):
+    """Gradient of NLL + c * GRPO (eq. 5) by plain PyTorch and Python, from the tokens and the start weights alone."""
+    import torch
+    import trl_run
+
+    trainer = trl_run.trainer("unused")
+    model, words = trainer.model, trainer.processing_class
+    start = torch.from_numpy(noted[0]["before"])
+    torch.nn.utils.vector_to_parameters(start.to(next(model.parameters()).dtype), model.parameters())
+    negative_rewards = noted[0]["negative_rewards"]
+
+    texts, users, logps = [], [], []
+    for part in noted:
+        for prompt, attend, completion, counts in zip(
+            *(part[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), strict=True
+        ):
+            prompt, completion = prompt[attend == 1].tolist(), completion[counts == 1].tolist()
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+            logps.append(logits.log_softmax(-1)[range(len(completion)), completion])
+            texts.append(words.decode(completion, skip_special_tokens=True))
+            users.append(words.decode(prompt))
+
+    losses, admitted = [], []
+    for b in range(len(texts) // (K + 1)):
+        rows = range(b * (K + 1), (b + 1) * (K + 1))
+        user = users[rows[0]]
+        assert {users[row] for row in rows} == {user} and texts[rows[-1]].split() == trl_run.truth(int(user[1:]))
+        *rollouts, target = np.float32(trl_run.reward([user] * (K + 1), [texts[row] for row in rows])).tolist()
+        (negative,) = negative_rewards[b].tolist()
+        strangers = [texts[row] for row in range(len(texts)) if row not in rows and (row + 1) % (K + 1)]
+        assert any(np.float32(score) == negative for score in trl_run.reward([user] * len(strangers), strangers))
+
+        likelihood = [logps[row].mean().item() for row in rows]
+        hard = sum(other > likelihood[-1] for other in likelihood[:-1]) + 1 > K / 3
+        pool = [*rollouts, target, negative]
+        clear = sum(r > target for r in pool) + 1 <= K / 3 and sum(r > negative for r in pool) + 1 > (1 - RHO) * K
+        mean, spread = statistics.mean(rollouts), statistics.stdev(rollouts)
+        grpo = sum(
+            -((logps[row] - logps[row].detach()).exp() * (reward - mean) / (spread + 1e-4)).mean() / K
+            for row, reward in zip(rows[:-1], rollouts, strict=True)
+        )
+        losses.append(-logps[rows[-1]].mean() + (grpo if hard and clear else 0))
+        admitted.append(hard and clear)
+    torch.stack(losses).mean().backward()
+    return np.concatenate([p.grad.flatten().double().numpy() for p in model.parameters()]), admitted
+
+
+@pytest.mark.parametrize(
+    "processes, rows, accumulation",
+    [(1, 9, 4), (2, 9, 3)],
+    ids=["groups-split-over-micro-batches", "groups-split-over-two-processes-too"],
+)
+def test_the_trainers_gradient_is_that_of_the_objective_written_by_hand(tmp_path, processes, rows, accumulation):
+    noted = step(tmp_path, processes, rows, accumulation)
+    expected, admitted = by_hand(noted)
+    assert any(admitted) and not all(admitted)
+    for part in noted:  # every process ends up with the same gradient
+        difference = np.abs(part["gradient"] - expected).max()
+        print(f"TRL, {processes} process(es): gradient differs by {difference:.1e}, its largest entry is "
+              f"{np.abs(expected).max():.2g}; {sum(admitted)} of {len(admitted)} prompts admitted")  # fmt: skip
+        assert difference < 1e-6
+
+
+def test_trls_own_advantages_are_ours_with_its_eps_and_correction(tmp_path):
+    import torch
+    import trl_run
+    from trl import GRPOTrainer
+
+    import adagrpo_core as core
+
+    class Plain(GRPOTrainer):
+        def __init__(self, negatives, gate, **settings):
+            super().__init__(**settings)
+
+        def _calculate_rewards(self, inputs, prompts, *rest):
+            self.noted = torch.arange(len(prompts)).remainder(7).sqrt().reshape(-1, 1)
+            self.noted[:6] = 0.7  # a group without spread
+            return self.noted
+
+    trainer = trl_run.trainer(str(tmp_path), Plain)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(6)])
+    ours = core.ungroup(core.group_advantages(core.group(trainer.noted[:, 0], 6), eps=1e-4, correction=1))
+    torch.testing.assert_close(batch["advantages"], ours, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", [{"beta": 0.1}, {"loss_type": "dapo"}, {"num_iterations": 2}, {"temperature": 0.7},
+                                     {"steps_per_generation": 2}, {"entropy_coef": 0.1}])  # fmt: skip
+def test_settings_under_which_the_rows_would_not_add_up_are_refused(tmp_path, setting):
+    import trl_run
+
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}: expected"):
+        trl_run.trainer(str(tmp_path), **setting)
+
+
+def test_the_recipe_learns(tmp_path):
+    import trl_run
+
+    run = trl_run.trainer(str(tmp_path), max_steps=30, logging_steps=15)
+    run.train()
+    first, last = [log["adagrpo/nll"] for log in run.state.log_history if "adagrpo/nll" in log]
+    assert last < first - 0.3
