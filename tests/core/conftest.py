@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "core", max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    "core", max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("core")
 torch.set_num_threads(1)

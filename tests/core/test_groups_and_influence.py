@@ -47,7 +47,7 @@ def test_consecutive_rows_become_groups_and_come_back_as_they_were(xp, rest):
     np.testing.assert_array_equal(back, flat)
 
 
-IDS = st.sampled_from([(1, 1), (3, 2), (4, 3), (5, 1)]).flatmap(
+IDS = st.sampled_from([(1, 1), (4, 3)]).flatmap(
     lambda size: st.lists(st.integers(-3, 50), min_size=size[0], max_size=size[0], unique=True).flatmap(
         lambda names: st.permutations(names * size[1])
     )
@@ -80,7 +80,7 @@ def test_ragged_groups_are_refused_by_name(into):
 
 # -- negatives -------------------------------------------------------------------------------------------------------
 
-KEYS = st.sampled_from([(2, 1), (3, 2), (2, 3)]).flatmap(
+KEYS = st.sampled_from([(2, 1), (3, 2)]).flatmap(
     lambda size: st.tuples(
         st.just(size[1]), draw.npst.arrays(np.float64, (size[0], size[0] * size[1]), elements=st.floats(0, 1, width=16))
     )
