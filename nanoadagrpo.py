@@ -103,7 +103,8 @@ class Settings:
     eval_every: int = option(50, "steps between two points of the training curve")
 
     def __post_init__(self):
-        at_least_1 = ["sft_batch_size", "batch_size", "updates", "max_history", "beam_width", "eval_prompts", "eval_every"]
+        at_least_1 = {"sft_batch_size", "batch_size", "updates", "max_history", "beam_width", "eval_prompts",
+                      "eval_every"}
         for field in dataclasses.fields(self):
             value, low = getattr(self, field.name), 1 if field.name in at_least_1 else 0
             if type(field.default) in (int, float) and field.name != "floor" and not low <= value < float("inf"):
@@ -380,13 +381,14 @@ def toy_world(cfg, world=World()):
 
     # -- items: a taxonomy numbered consecutively, a place in taste space, popularity, quality then and now ------------
     g = rng["items"]
+    leaves = w.items / w.codes / 8  # per node of level 2, on average
     sids = [(a, b, c) for a in range(w.codes) for b in range(np.clip(g.poisson(8), 1, w.codes))
-            for c in range(np.clip(round(g.gamma(1.2, w.items / w.codes / 8 / 1.2)), 1, w.codes))]
+            for c in range(np.clip(round(g.gamma(1.2, leaves / 1.2)), 1, w.codes))]
     level1 = np.array([a for a, _, _ in sids])
     node = np.unique([a * w.codes + b for a, b, _ in sids], return_inverse=True)[1]
     N, nodes = len(sids), node.max() + 1
-    place = (0.5**0.5 * g.standard_normal((w.codes, w.dims))[level1] + 0.3**0.5 * g.standard_normal((nodes, w.dims))[node]
-             + 0.2**0.5 * g.standard_normal((N, w.dims)))
+    place = (0.5**0.5 * g.standard_normal((w.codes, w.dims))[level1]  # shares of variance: half by the first code
+             + 0.3**0.5 * g.standard_normal((nodes, w.dims))[node] + 0.2**0.5 * g.standard_normal((N, w.dims)))
     popularity = -np.log(1 + g.permutation(w.codes))[level1] - np.log(1 + g.permutation(N))  # Zipf, twice
     quality_then, quality, noise = w.quality * g.standard_normal((3, N))
     # What draws clicks where bait works: an attribute that good items lack. Nobody chooses by it.
@@ -530,7 +532,7 @@ class Policy:
         self.ask = torch.tensor([catalogue.S], device=cfg.device)  # ends every prompt: what comes next?
 
     def run(self, ids, visible, positions, cache=None):
-        """Hidden states (B, n, width) of n new tokens, which see what `visible` (B, n, cached + n) says; and the cache."""
+        """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache."""
         model = self.model
         # An additive mask, since some attention implementations add a boolean one; and finite, since a padding row
         # that sees nothing would otherwise be NaN.
@@ -658,14 +660,14 @@ def train_sft(policy, prompts, cfg, log):
 
 class Method(NamedTuple):
     supervised: bool  # is the NLL there?
-    admit: Callable | None  # (D, R, generator) -> (B,) boolean: whose GRPO term is added; None: no rollouts at all
+    admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets the GRPO term; None: no rollouts
 
 
-def everyone(hard, clear, generator):
+def everyone(hard, clear, batch, generator):
     return torch.ones_like(hard)
 
 
-def at_random(hard, clear, generator):
+def at_random(hard, clear, batch, generator):
     """As many as AdaGRPO would admit of this batch, but whichever."""
     clip = core.sample_clip(hard, clear)
     return clip[torch.randperm(len(clip), generator=generator, device=clip.device)]
@@ -675,9 +677,9 @@ METHODS = {
     "nll": Method(True, None),  # the control that the paper lacks
     "grpo": Method(False, everyone),
     "grpo+nll": Method(True, everyone),
-    "adagrpo-d": Method(True, lambda hard, clear, generator: hard),
-    "adagrpo-r": Method(True, lambda hard, clear, generator: clear),
-    "adagrpo": Method(True, lambda hard, clear, generator: core.sample_clip(hard, clear)),
+    "adagrpo-d": Method(True, lambda hard, clear, *_: hard),
+    "adagrpo-r": Method(True, lambda hard, clear, *_: clear),
+    "adagrpo": Method(True, lambda hard, clear, *_: core.sample_clip(hard, clear)),
     "random-gate": Method(True, at_random),
 }
 
@@ -716,7 +718,7 @@ def train_rl(policy, reward, prompts, cfg, name, log):
                     # -- judge: is it difficult for the policy (eq. 7), does the ranker know (eq. 9)? ---------------
                     hard = core.difficulty(-nll, core.length_normalized(old_logp), tau=cfg.tau)  # (B,)
                     clear = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
-                    clip = method.admit(hard, clear, dice["random gate"])
+                    clip = method.admit(hard, clear, batch, dice["random gate"])
                     advantages = core.group_advantages(rewards)  # (B, K)
                     # Nine in ten are not admitted. They need no gradient through their rollouts: leave them out.
                     admitted = clip.nonzero()[:, 0]
