@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Where the objective as advantages alone stops being the objective, and what to use there instead.
+
+The stack is the clipped surrogate that all of them share, in its two ways of averaging.
+"""
+
+import pytest
+import torch
+from case import GATE, K, by_hand, in_stack, make, moved, relative
+
+import adagrpo_core as core
+
+
+def stack(logp, old, advantages, mask, *, token_mean=False, beta=0.0, ref=None):
+    ratio = (logp - old).exp()
+    A = advantages[:, None]
+    loss = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+    if beta:
+        loss = loss + beta * ((ref - logp).exp() - (ref - logp) - 1)
+    if token_mean:
+        return (loss * mask).sum() / mask.sum()
+    return ((loss * mask).sum(1) / mask.sum(1)).mean()
+
+
+def explicit(case, W, **settings):
+    """The form that has none of these limits."""
+    W = W.detach().clone().requires_grad_()
+    logp, start = (core.group(case.logp(policy), K + 1) for policy in (W, case.start))
+    out = core.adagrpo_loss(
+        logp[:, -1],
+        logp[:, :-1],
+        start[:, :-1],
+        case.rewards[:, :-1],
+        case.rewards[:, -1],
+        case.negative_rewards,
+        case.mask[:, -1],
+        case.mask[:, :-1],
+        target_old_logp=core.length_normalized(start[:, -1], case.mask[:, -1]),
+        **GATE,
+        **settings,
+    )
+    out.loss.mean().backward()
+    return W.grad
+
+
+@pytest.mark.parametrize("ragged, token_mean", [(False, False), (False, True), (True, False)])
+def test_on_policy_the_rows_are_the_objective(ragged, token_mean):
+    case = make(ragged=ragged)
+    expected = by_hand(case, case.start)
+    found = in_stack(case, lambda *given: stack(*given, token_mean=token_mean), case.start)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(explicit(case, case.start), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_after_the_first_update_the_rows_are_not_the_objective_and_the_explicit_loss_is():
+    case = make()
+    W = moved(case)
+    expected = by_hand(case, W)
+    assert relative("second update", in_stack(case, stack, W), expected) > 0.2
+    torch.testing.assert_close(explicit(case, W), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_an_nll_beside_the_stack_survives_further_updates():
+    """The stack gets the rollouts alone, scaled by lam * c; the supervised loss is a term of its own."""
+    case = make()
+    W = moved(case).requires_grad_()
+    advantages, _ = case.rows(lam=1.0)
+    rollouts = core.group(advantages, K + 1)[:, :-1] * (K / (K + 1)) * GATE["lam"]  # = lam * c * A
+    logp, old, mask = (core.group(x, K + 1) for x in (case.logp(W), case.logp(case.start), case.flat_mask()))
+    nll = core.nll_loss(logp[:, -1], mask[:, -1]).mean()
+    logp, old, mask = (core.ungroup(x[:, :-1]) for x in (logp, old, mask))
+    (nll + stack(logp, old, rollouts.flatten(), mask)).backward()
+    torch.testing.assert_close(W.grad, by_hand(case, W), rtol=1e-12, atol=1e-14)
+
+
+def test_with_ragged_completions_a_mean_over_tokens_is_not_the_objective():
+    case = make(ragged=True)
+    expected = by_hand(case, case.start)
+    found = in_stack(case, lambda *given: stack(*given, token_mean=True), case.start)
+    assert relative("ragged completions, token mean", found, expected) > 0.2
+
+
+def test_a_kl_term_inside_the_stack_escapes_the_gate():
+    case, beta = make(), 0.1
+    ref = case.logp(moved(case))
+    expected = by_hand(case, case.start, beta=beta, reference=moved(case))
+    found = in_stack(case, lambda *given: stack(*given, beta=beta, ref=ref), case.start)
+    assert relative("KL inside the stack, beta 0.1", found, expected) > 0.02
+    gated = explicit(case, case.start, beta=beta, ref_token_logp=core.group(ref, K + 1)[:, :-1])
+    torch.testing.assert_close(gated, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_dropping_the_rows_that_are_not_admitted_rescales_the_loss():
+    case = make()
+    expected = by_hand(case, case.start)
+    advantages, _ = case.rows()
+    kept = (advantages != 0).nonzero()[:, 0]  # what a filter on zero advantages leaves
+    assert len(kept) < len(advantages)
+    found = in_stack(case, lambda *given: stack(*(x[kept] for x in given)), case.start)
+    assert relative("zero advantages dropped", found, expected) > 0.2
