@@ -208,7 +208,7 @@ def test_the_compiled_objective_has_the_same_gradient_and_takes_other_sizes():
         out[0].mean().backward()
         return (*(part.detach() for part in out), a["target"].grad, a["new"].grad)
 
-    compiled = torch.compile(TRACED["adagrpo_loss"], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(TRACED["adagrpo_loss"], fullgraph=True, backend="eager")
     for rollouts in (5, 4):
         a = {
             name: array[:, :rollouts] if name in ("new", "old", "ref", "rewards", "mask") else array
@@ -243,9 +243,10 @@ def test_lam_may_be_a_traced_number_so_a_schedule_compiles_once():
     names = "target", "new", "old", "rewards", "target_reward", "negatives"
     compiled = jax.jit(lambda lam: adagrpo_loss(*(a[name] for name in names), lam=lam).loss)
     for lam in (0.0, 0.5):
-        assert_alike(compiled(lam), adagrpo_loss(*(a[name] for name in names), lam=lam).loss)
+        expected = adagrpo_loss(*(arrays()[name] for name in names), lam=lam).loss
+        assert_alike(compiled(lam), expected, rtol=1e-10)
     rows = jax.jit(lambda lam: target_row_advantages(a["advantages"], a["clip"], lam=lam))
-    assert_alike(rows(0.5), target_row_advantages(a["advantages"], a["clip"], lam=0.5))
+    assert_alike(rows(0.5), TRACED["target_row_advantages"](arrays()))
 
 
 @every_function

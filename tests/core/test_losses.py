@@ -27,7 +27,7 @@ from adagrpo_core import (
 
 from . import oracle
 from . import strategies as draw
-from .backends import JAX, JIT, NUMPY, TORCH, every_backend, every_eager_backend
+from .backends import JIT, NUMPY, TORCH, every_backend, every_eager_backend
 
 INF, NAN = float("inf"), float("nan")
 nan_is_meant = pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -370,7 +370,7 @@ def masked_gradients(gradients, arrays, target_mask, mask):
     return float(value), [np.asarray(gradient) for gradient in found]
 
 
-@pytest.mark.parametrize("xp", [NUMPY, TORCH, JAX, JIT], ids=lambda xp: xp.name)
+@pytest.mark.parametrize("xp", [NUMPY, TORCH, JIT], ids=lambda xp: xp.name)
 @nan_is_meant
 def test_prompts_do_not_see_each_other(xp):
     arrays = admitted(B=4)
