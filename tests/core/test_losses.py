@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The policy-gradient loss (eq. 4) and the whole objective (eq. 5): values, and what NaN and infinity may touch."""
 
+import inspect
 import math
 from fractions import Fraction
 
@@ -23,6 +24,7 @@ from adagrpo_core import (
     reliability,
     reward_ranks,
     sample_clip,
+    target_row_advantages,
 )
 
 from . import oracle
@@ -213,6 +215,22 @@ def admitted(B=4, K=5, L=3, M=2, seed=0):
     new = old + make.uniform(-0.4, 0.4, old.shape)
     target, rewards = make.uniform(-4, -3, (B, L)), make.uniform(0, 1, (B, K))
     return target, new, old, rewards, np.full(B, 2.0), make.uniform(-2, -1, (B, M))
+
+
+def test_the_defaults_of_the_whole_are_those_of_its_parts():
+    ours = inspect.signature(adagrpo_loss).parameters
+    for part in (
+        policy_rank,
+        reward_ranks,
+        difficulty,
+        reliability,
+        group_advantages,
+        grpo_loss,
+        target_row_advantages,
+    ):
+        for name, parameter in inspect.signature(part).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "clip":
+                assert ours[name].default == parameter.default, name
 
 
 @every_backend

@@ -169,6 +169,18 @@ def test_thresholds_are_shares_of_k_and_not_of_the_pool():
     ]
 
 
+def test_the_defaults_are_a_third_a_tenth_and_competition_ranks():
+    target, rollouts = every_rank(30)
+    assert difficulty(target, rollouts).tolist() == [rank > 10 for rank in range(1, 32)]
+    truth, below = np.full(31, INF), np.full((31, 1), -INF)
+    assert reliability(truth, rollouts, target[:, None]).tolist() == [rank + 1 > 27 for rank in range(1, 32)]
+    assert reliability(target, rollouts, below).tolist() == [rank <= 10 for rank in range(1, 32)]
+    tied = np.asarray([0.7]), np.asarray([[0.7, 0.5, 0.1]])
+    assert policy_rank(*tied).item() == reward_ranks(*tied, np.asarray([[0.0]])).target.item() == 1
+    assert not difficulty(*tied).item()
+    assert reliability(*tied, np.asarray([[0.0]])).item()
+
+
 def test_settings_may_be_numpy_scalars_or_fractions():
     target, rollouts = every_rank(100)
     plain = difficulty(target, rollouts, tau=0.29).tolist()
