@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""AdaGRPO for Tunix (JAX): what to do to a TrainExample before its GRPO loss. Tested with google-tunix 0.1.7's loss.
+
+Tunix's advantage estimators (function_registry) get rewards and num_generations only: no log-probabilities, no other
+prompts. So override GRPOLearner._generate_and_compute_advantage: call it, then `with_truth`, score the ground truths
+and the negatives with your reward functions, take log-probabilities from rl_cluster.get_old_per_token_logps, and
+return `with_advantages`. GRPOConfig: num_generations=K+1, num_iterations=1, beta=0, temperature 1, and
+loss_agg_mode="sequence-mean-token-mean" (its default).
+"""
+
+import jax.numpy as jnp
+from extra_row import advantage_rows
+
+import adagrpo_core as core
+
+
+def with_truth(example, truth_ids, *, k, pad_id):
+    """The last of each group's k+1 completions gives way to the ground truth, (B, L), padded on the right."""
+    rows = jnp.arange(truth_ids.shape[0]) * (k + 1) + k
+    completion_ids = example.completion_ids.at[rows].set(truth_ids)
+    return example.replace(completion_ids=completion_ids, completion_mask=completion_ids != pad_id)
+
+
+def with_advantages(example, token_logp, rewards, negative_rewards, *, k, **gate):
+    """The example with AdaGRPO's advantages, and which prompts were admitted (B,).
+
+    token_logp (B*(k+1), L) of the policy that sampled; rewards (B*(k+1),), truth last; negative_rewards (B, M).
+    """
+    likelihood = core.group(core.length_normalized(token_logp, example.completion_mask), k + 1)
+    advantages, admitted = advantage_rows(likelihood, core.group(rewards, k + 1), negative_rewards, **gate)
+    return example.replace(advantages=core.ungroup(advantages)), admitted
