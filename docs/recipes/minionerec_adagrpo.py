@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""AdaGRPO in MiniOneRec: five lines changed in its minionerec_trainer.py (read at commit 0606902).
+
+MiniOneRec is a script collection on an old TRL, not a package, so what is tested here is this file against the loss
+formula of its compute_loss. The option add_gt already puts the ground truth last in each group. Changes, all in
+ReReTrainer._prepare_inputs:
+
+1. at the top of the file          from minionerec_adagrpo import adagrpo_advantages
+2. in the block `if self.add_gt:`  repeat = self.num_generations
+       (it was len(prompts) // num_categories, which is wrong as soon as two prompts of a batch share their target)
+3. in the same block               self.processing_class(targets[i] + self.processing_class.eos_token, ...
+       (rollouts end by that token and their likelihood is a mean over tokens, so the truth must end by it too)
+4. after `advantages = (rewards - mean_grouped_rewards) / ...`, before it is sliced
+       columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "completion")}
+       advantages = adagrpo_advantages(self, prompts, completions, prompt_completion_ids, attention_mask,
+                                       completion_mask, rewards, columns)
+
+Run rl.py with add_gt=True, num_generations=K+1, beta=0, beam_search=False, dynamic_sampling=False, dapo=False and
+gspo=False. reward_type sasrec and semantic are dense; for rule and ctr_only pass ties="max"; ranking and hybrid depend
+on the place in the group, so they cannot score a negative.
+"""
+
+import torch
+from accelerate.utils import gather, gather_object
+from extra_row import advantage_rows, negative_rows
+
+import adagrpo_core as core
+
+
+def adagrpo_advantages(trainer, prompts, completions, ids, attend, counts, rewards, columns, *, negatives=1, **gate):
+    """Advantages of all processes' rows, as MiniOneRec's own line gives them; it slices them afterwards.
+
+    prompts, completions, columns, ids (N, P+L), attend (N, P+L), counts (N, L): of this process; rewards: of all.
+    """
+    k = trainer.num_generations - 1
+    with torch.no_grad():
+        token_logp = trainer._get_per_token_logps(trainer.model, ids, attend, counts.shape[1])
+    logp = core.group(gather(core.length_normalized(token_logp.float(), counts.bool())), k + 1)  # (B, K+1)
+
+    B, everyone = logp.shape[0], gather_object(completions)
+    make = torch.Generator().manual_seed(trainer.args.seed + trainer.state.global_step)  # the same on every process
+    drawn = negative_rows(torch.rand(B, B * k, generator=make), k=k, m=negatives).tolist()
+    # Every row scores one negative under its own prompt, so that it does not matter where a group is split.
+    first = trainer.accelerator.process_index * len(prompts)
+    mine = [everyone[drawn[p // (k + 1)][p % (k + 1) % negatives]] for p in range(first, first + len(prompts))]
+    scores = torch.zeros(len(prompts), device=rewards.device)
+    for reward_func, weight in zip(trainer.reward_funcs, trainer.reward_weights, strict=True):
+        scores += weight * torch.tensor(reward_func(prompts=prompts, completions=mine, **columns), device=scores.device)
+    negative_rewards = core.group(gather(scores), k + 1)[:, :negatives]
+
+    advantages, admitted = advantage_rows(logp, core.group(rewards, k + 1), negative_rewards, **gate)
+    trainer._metrics["adagrpo/nll"].append(-logp[:, -1].mean().item())
+    trainer._metrics["adagrpo/admitted"].append(admitted.float().mean().item())
+    return core.ungroup(advantages)

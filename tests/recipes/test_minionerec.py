@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""The MiniOneRec recipe with a stand-in for its trainer: its loss formula on our rows against the objective by hand."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from case import GATE, B, K, by_hand, in_stack, make, report
+
+pytestmark = pytest.mark.peers  # it needs accelerate
+
+
+def minionerec_loss(logp, old, advantages, mask):
+    """The default branch of ReReTrainer.compute_loss with beta=0: always on-policy, the mean per sequence first."""
+    per_token = -(logp - logp.detach()).exp() * advantages.unsqueeze(1)
+    return ((per_token * mask).sum(1) / mask.sum(1)).mean()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_minionerecs_loss_on_our_rows_has_the_gradient_of_the_objective(ragged):
+    from minionerec_adagrpo import adagrpo_advantages
+
+    case = make(ragged=ragged, dtype=torch.float32)
+    completions = [f"row {n}" for n in range(B * (K + 1))]
+    asked = []
+
+    def ranker(prompts, completions, column):
+        assert column == ["x"] * len(prompts)
+        asked.extend(zip(prompts, completions, strict=True))
+        return case.negative_rewards[:, 0].repeat_interleave(K + 1).tolist()
+
+    trainer = SimpleNamespace(
+        num_generations=K + 1,
+        model=None,
+        _get_per_token_logps=lambda model, ids, attend, length: case.logp(case.start),
+        args=SimpleNamespace(seed=0),
+        state=SimpleNamespace(global_step=7),
+        accelerator=SimpleNamespace(process_index=0),
+        reward_funcs=[ranker],
+        reward_weights=torch.ones(1),
+        _metrics=defaultdict(list),
+    )
+    prompts = [n // (K + 1) for n in range(B * (K + 1))]
+    columns = {"column": ["x"] * len(prompts)}
+    given = prompts, completions, None, None, case.flat_mask().int(), case.rewards.flatten(), columns
+    advantages = adagrpo_advantages(trainer, *given, **GATE)
+
+    case.negative_rewards = case.negative_rewards[:, :1]
+    torch.testing.assert_close(advantages, case.rows()[0])
+    for prompt, completion in asked:  # another prompt's rollout, never a ground truth
+        row = int(completion.split()[1])
+        assert row // (K + 1) != prompt and row % (K + 1) != K
+    found = in_stack(case, minionerec_loss, case.start, advantages)
+    assert report("MiniOneRec's formula", found, by_hand(case, case.start)) < 1e-6
+    assert trainer._metrics["adagrpo/admitted"] == [pytest.approx(case.rows()[1].float().mean().item())]
