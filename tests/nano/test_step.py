@@ -186,14 +186,14 @@ def test_nll_asks_for_no_reward_and_draws_no_rollouts():
 
 @every_gated_method
 def test_at_the_first_update_the_ratio_is_one(name, monkeypatch):
-    gaps, loss = [], core.grpo_loss
+    gaps, loss, c = [], core.grpo_loss, cfg()
 
     def spy(logp, old_logp, *rest, **options):
         gaps.append((logp - old_logp).abs().max().item())
         return loss(logp, old_logp, *rest, **options)
 
     monkeypatch.setattr(nano.core, "grpo_loss", spy)
-    _, rows = train(name, cfg(), policy=policy_of(kind=nano.Policy))  # float32, as the script trains
+    _, rows = train(name, c, policy=policy_of(kind=nano.Policy))  # float32, as the script trains
     assert gaps and max(gaps) < 1e-5
     assert all(float(row["ratio"]) == pytest.approx(1, abs=1e-5) for row in rows)
 
@@ -244,6 +244,7 @@ def test_each_method_admits_what_its_name_says():
 def test_a_rollout_that_repeats_the_truth_ties_with_it_exactly(monkeypatch):
     # The truth is scored in a tree of its own. A last digit that differs there would rank it behind its own repeats.
     policy, pools, said, judge = policy_of(kind=nano.Policy), [], [], core.difficulty
+    c = cfg(group_size=24, lr=0.0)
 
     def spy(truth, rollouts, **options):
         pools.append((truth, rollouts))
@@ -256,7 +257,6 @@ def test_a_rollout_that_repeats_the_truth_ties_with_it_exactly(monkeypatch):
     monkeypatch.setattr(nano.core, "difficulty", spy)
     monkeypatch.setattr(policy, "catalogue", copy.copy(CATALOGUE))
     monkeypatch.setattr(policy.catalogue, "item", item)
-    c = cfg(group_size=24, lr=0.0)
     train("adagrpo", c, policy=policy)
     order, repeats = nano.batches(14, 5, STEPS, nano.stream(c.seed, "order")), 0
     for (truth, rollouts), tokens, rows in zip(pools, said, order, strict=True):
@@ -319,7 +319,7 @@ def test_a_reward_that_is_not_a_number_changes_nothing_beyond_its_own_prompt(bad
 
 
 def test_the_reward_is_asked_about_rollouts_truth_and_other_prompts_rollouts(monkeypatch):
-    asked, drawn, draw = [], [], core.in_batch_negatives
+    asked, drawn, draw, c = [], [], core.in_batch_negatives, cfg(updates=2)
 
     def listening(history, item):
         asked.append((history, item))
@@ -330,10 +330,7 @@ def test_the_reward_is_asked_about_rollouts_truth_and_other_prompts_rollouts(mon
         return drawn[-1]
 
     monkeypatch.setattr(nano.core, "in_batch_negatives", remember)
-    c = cfg(updates=2)
-    drawn.clear()
     train("adagrpo", c, reward=listening)
-    del drawn[:-STEPS]  # checking the settings draws once, too
     order = nano.batches(14, 5, STEPS, nano.stream(c.seed, "order"))
     assert len(asked) == STEPS, "the same rollouts are scored once, however many updates"
     for (history, item), rows, negatives in zip(asked, order, drawn, strict=True):
