@@ -216,18 +216,16 @@ def grpo_loss(
     check_positive("epsilon_high", epsilon_high)
     _check_reference(ref_token_logp, beta, sizes)
     live = _counting_tokens("mask", mask, "token_logp", token_logp)
-    A = stop_gradient(widen(advantages))
     if clip is not None:
         check_shape("clip", clip, "B", sizes, kind="bool")
         live = live & clip[:, None, None]
-        A = xp.where(clip[:, None], A, 0.0)
-    A = A[:, :, None]
 
     # Masked on this side of the exponential: masked behind it, an overflow would send NaN back through the gradient.
     logp = xp.where(live, widen(token_logp), 0.0)
     old = xp.where(live, stop_gradient(widen(old_token_logp)), 0.0)
     ratio = xp.exp(logp - old)
     low, high = 1 - epsilon, 1 + epsilon_high
+    A = stop_gradient(advantages)[:, :, None]
     clipped = xp.where(ratio < low, low, xp.where(ratio > high, high, ratio))
     loss = -xp.minimum(ratio * A, clipped * A)
     if beta > 0:

@@ -306,10 +306,10 @@ def test_the_result_has_the_inputs_dtype_in_numpy(name, dtype):
 def test_the_objective_of_bfloat16_inputs_is_that_of_their_float32_values_rounded_once():
     make = torch.Generator().manual_seed(0)
     a = shortened(arrays(), torch.bfloat16)
-    long = -torch.rand(B, K, 64, generator=make).to(torch.bfloat16)  # likelihoods that would tie if rounded to 8 bits
-    a |= {"old": long, "new": long - 0.125, "ref": long, "mask": torch.ones(B, K, 64, dtype=torch.bool)}
-    a["target"] = -torch.rand(B, 64, generator=make).to(torch.bfloat16)
-    a["target_mask"] = torch.ones(B, 64, dtype=torch.bool)
+    long = -torch.rand(B, K, 60, generator=make).to(torch.bfloat16)
+    a |= {"old": long, "new": long - 0.125, "ref": long, "mask": torch.ones(B, K, 60, dtype=torch.bool)}
+    a["target"] = -torch.rand(B, 60, generator=make).to(torch.bfloat16)
+    a["target_mask"] = torch.ones(B, 60, dtype=torch.bool)
     wide = {key: array.float() if array.is_floating_point() else array for key, array in a.items()}
     found, expected = whole(a), whole(wide)
     for part in ("loss", "nll", "grpo"):
@@ -319,14 +319,24 @@ def test_the_objective_of_bfloat16_inputs_is_that_of_their_float32_values_rounde
         assert torch.equal(getattr(found, part), getattr(expected, part))
 
 
+def test_likelihoods_of_bfloat16_tokens_are_ranked_before_they_are_rounded():
+    rollouts = torch.full((1, 4, 10), -0.5, dtype=torch.bfloat16)
+    target = rollouts[:, 0].clone()
+    target[0, 0] = -0.51  # one token is less likely: a mean of -0.501, which bfloat16 would round to -0.5
+    rewards = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([0.9]), torch.tensor([[-1.0]])
+    assert adagrpo_loss(target, rollouts, rollouts, *rewards).policy_rank.item() == 5
+    rollouts[0, :3] = target  # three rollouts a little less likely than the truth, one as likely
+    assert adagrpo_loss(rollouts[:, 3], rollouts, rollouts, *rewards, ties="max").policy_rank.item() == 2
+
+
 @pytest.mark.parametrize("name", ["grpo_loss", "nll_loss", "length_normalized"])
 def test_bfloat16_losses_are_computed_in_float32_and_rounded_once(name):
     make = torch.Generator().manual_seed(0)
     a = shortened(arrays(), torch.bfloat16)
-    a["mask"] = torch.ones(B, K, 64, dtype=torch.bool)
-    a["target_mask"] = torch.ones(B, 64, dtype=torch.bool)
-    a["target"] = -torch.rand(B, 64, generator=make).to(torch.bfloat16)
-    a |= {key: -torch.rand(B, K, 64, generator=make).to(torch.bfloat16) for key in ("old", "new", "ref")}
+    a["mask"] = torch.ones(B, K, 60, dtype=torch.bool)
+    a["target_mask"] = torch.ones(B, 60, dtype=torch.bool)
+    a["target"] = -torch.rand(B, 60, generator=make).to(torch.bfloat16)
+    a |= {key: -torch.rand(B, K, 60, generator=make).to(torch.bfloat16) for key in ("old", "new", "ref")}
     wide = {key: array.float() if array.is_floating_point() else array for key, array in a.items()}
     assert torch.equal(TRACED[name](a), TRACED[name](wide).to(torch.bfloat16))
 

@@ -209,6 +209,14 @@ def test_a_nan_anywhere_in_a_pool_closes_its_own_row_and_no_other(xp, place):
 
 
 @every_backend
+def test_a_nan_truth_is_not_admitted_even_where_its_stand_in_rank_would_pass(xp):
+    """Ranked as minus infinity it ties with floors of minus infinity, at place 2 of tau * K = 2.97."""
+    rollouts, negatives = np.asarray([[5.0, -INF, -INF]]), np.asarray([[-INF]])
+    open_, closed = (xp.run(reliability, np.asarray([x]), rollouts, negatives, tau=0.99, rho=0.71) for x in (-INF, NAN))
+    assert (open_.item(), closed.item()) == (True, False)
+
+
+@every_backend
 @given(data=st.data(), pool=draw.pools(draw.WILD), ties=draw.ties)
 def test_the_order_of_rollouts_and_negatives_does_not_matter(xp, data, pool, ties):
     size, target, rollouts, negatives = pool
