@@ -341,6 +341,17 @@ def test_bfloat16_losses_are_computed_in_float32_and_rounded_once(name):
     assert torch.equal(TRACED[name](a), TRACED[name](wide).to(torch.bfloat16))
 
 
+def test_bfloat16_gradients_are_computed_in_float32_and_rounded_once():
+    short = shortened(arrays(), torch.bfloat16)
+    found = []
+    for a in (short, {key: array.float() if array.is_floating_point() else array for key, array in short.items()}):
+        leaf = a["new"].clone().requires_grad_()
+        surrogate({**a, "new": leaf}).float().sum().backward()
+        found.append(leaf.grad)
+    assert found[0].dtype == torch.bfloat16
+    assert torch.equal(found[0], found[1].to(torch.bfloat16))
+
+
 def test_ranks_compare_bfloat16_values_as_they_are_and_beyond_256_entries():
     rollouts = torch.linspace(1, 2, 400).to(torch.bfloat16)[None, :]  # many ties; 8 bits could not count to 400
     target = torch.tensor([0.5], dtype=torch.bfloat16)
