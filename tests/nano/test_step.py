@@ -186,14 +186,14 @@ def test_nll_asks_for_no_reward_and_draws_no_rollouts():
 
 @every_gated_method
 def test_at_the_first_update_the_ratio_is_one(name, monkeypatch):
-    gaps, loss, c = [], core.grpo_loss, cfg()
+    gaps, loss, c, policy = [], core.grpo_loss, cfg(), policy_of(kind=nano.Policy)  # float32, as the script trains
 
     def spy(logp, old_logp, *rest, **options):
         gaps.append((logp - old_logp).abs().max().item())
         return loss(logp, old_logp, *rest, **options)
 
     monkeypatch.setattr(nano.core, "grpo_loss", spy)
-    _, rows = train(name, c, policy=policy_of(kind=nano.Policy))  # float32, as the script trains
+    _, rows = train(name, c, policy=policy)
     assert gaps and max(gaps) < 1e-5
     assert all(float(row["ratio"]) == pytest.approx(1, abs=1e-5) for row in rows)
 
