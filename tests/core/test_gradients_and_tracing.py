@@ -232,10 +232,10 @@ def test_the_jitted_objective_agrees_with_numpy_on_many_draws():
 @every_function
 def test_vmap_over_batches_equals_a_loop_over_them(name):
     batches = [arrays(seed) for seed in range(3)]
-    stacked = {key: jnp.asarray(np.stack([batch[key] for batch in batches])) for key in batches[0]}
-    found = parts(jax.jit(jax.vmap(TRACED[name]))(stacked))
-    for s, batch in enumerate(batches):
-        assert_alike(tuple(part[s] for part in found), TRACED[name](batch), rtol=1e-10)
+    stacked = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+    for found in (jax.jit(jax.vmap(TRACED[name]))(in_jax(stacked)), torch.vmap(TRACED[name])(in_torch(stacked))):
+        for s, batch in enumerate(batches):
+            assert_alike(tuple(part[s] for part in parts(found)), TRACED[name](batch), rtol=1e-10)
 
 
 def test_lam_may_be_a_traced_number_so_a_schedule_compiles_once():
