@@ -7,13 +7,17 @@ Each group holds K rollouts and, as its last row, the ground truth. Copy this fi
 import adagrpo_core as core  # or wherever you copied the folder: from .vendor import adagrpo_core as core
 
 
-def advantage_rows(logp, rewards, negative_rewards, *, lam=1.0, tau=1 / 3, rho=0.1, ties="min", eps=1e-4, correction=1):
+def advantage_rows(
+    logp, rewards, negative_rewards, *, lam=1.0, tau=1 / 3, rho=0.1, ties="min", tol=1e-4, eps=1e-4, correction=1
+):
     """Advantages (B, K+1) for the stack's loss, and which prompts were admitted (B,).
 
     logp, rewards (B, K+1): length-normalised log-likelihood under the policy that sampled, and reward; truth last.
-    negative_rewards (B, M): rewards of other prompts' rollouts under this prompt.
+    negative_rewards (B, M): rewards of other prompts' rollouts under this prompt. ties: of the rewards.
+    tol: a rollout must be this much likelier than the truth to beat it. One that repeats the truth has another
+    likelihood by rounding, 2e-3 apart in bfloat16, and a dozen such repeats would make an easy prompt look difficult.
     """
-    difficult = core.difficulty(logp[:, -1], logp[:, :-1], tau=tau, ties=ties)
+    difficult = core.difficulty(logp[:, -1] + tol, logp[:, :-1], tau=tau)
     reliable = core.reliability(rewards[:, -1], rewards[:, :-1], negative_rewards, tau=tau, rho=rho, ties=ties)
     admitted = core.sample_clip(difficult, reliable)
     advantages = core.group_advantages(rewards[:, :-1], eps=eps, correction=correction)
