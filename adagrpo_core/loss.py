@@ -334,6 +334,8 @@ def adagrpo_loss(
     check_shape("token_logp", token_logp, "B K L", sizes)
     check_shape("old_token_logp", old_token_logp, "B K L", sizes)
     check_shape("rewards", rewards, "B K", sizes)
+    check_shape("target_reward", target_reward, "B", sizes)
+    check_shape("negative_rewards", negative_rewards, "B M", sizes)
     check_scalar("lam", lam)
 
     nll = nll_loss(widen(target_token_logp), target_mask)

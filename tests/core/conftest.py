@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: MIT
-import warnings
-
 import array_api_strict
 import jax
 import torch
@@ -14,9 +12,8 @@ torch.set_num_threads(1)
 jax.config.update("jax_enable_x64", True)  # gradients are checked in float64; one test turns it off again
 # What a compiled library could not do either: no index by a boolean, no shape that depends on values, no extension.
 array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
-# Dynamo remarks that it traces through array-api-compat's cached look-up of the namespace, which is what we want.
-warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
 
 def pytest_configure(config):
+    # Dynamo remarks that it traces through array-api-compat's cached look-up of the namespace, which is what we want.
     config.addinivalue_line("filterwarnings", "ignore:Dynamo detected a call to a `functools.lru_cache`")

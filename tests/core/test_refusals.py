@@ -84,6 +84,7 @@ def refusal(function, given, settings, into=np.asarray):
     with pytest.raises(ValueError) as caught:
         call(function, given, settings, into)
     message = str(caught.value)
+    assert message.partition(":")[0] in inspect.signature(getattr(core, function)).parameters  # of this function
     assert re.fullmatch(r"\w+: expected .+, got .+[;,] .+", message), message  # fullmatch without DOTALL: one line
     return message
 
