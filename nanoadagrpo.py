@@ -252,7 +252,10 @@ def load_data(folder, cfg):
         path = folder / f"{name}.{ending}"
         if not path.is_file():
             raise BadInput(f"{path}: no such file; {found[0]} calls for train.{ending}, valid.{ending}, test.{ending}")
-        rows = list((read_csv if ending == "csv" else read_jsonl)(path))
+        try:
+            rows = list((read_csv if ending == "csv" else read_jsonl)(path))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise BadInput(f"{path}: cannot be read ({error}); expected a text file in UTF-8") from None
         if not rows:
             raise BadInput(f"{path}: holds no rows; put at least one history and target in it")
         histories, targets = [], []
@@ -283,7 +286,7 @@ def read_catalogue(path):
     """The distinct Semantic IDs, in order of first appearance; items that share one cannot be told apart."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not valid JSON ({error})") from None
     named = entries.items() if isinstance(entries, dict) else enumerate(entries) if isinstance(entries, list) else ()
     sids = {}
