@@ -71,11 +71,11 @@ class Tokenizer:
         return {"input_ids": [int(word) for word in text.split()]}
 
 
-def maker(cls):
+def maker(cls, n=K + 1):
     """An experience maker without its remote models."""
     made = object.__new__(cls)
     made.args = SimpleNamespace(
-        rollout=SimpleNamespace(n_samples_per_prompt=K + 1, micro_batch_size=4),
+        rollout=SimpleNamespace(n_samples_per_prompt=n, micro_batch_size=4),
         train=SimpleNamespace(dynamic_batch_enable=False),
         algo=SimpleNamespace(advantage=SimpleNamespace(estimator="group_norm", gamma=1.0)),
         reward=SimpleNamespace(
@@ -159,18 +159,29 @@ def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_
     assert all(any(response in groups[b] for b in range(B) if b != int(prompt)) for prompt, response in asked)
 
 
-def test_openrlhfs_own_advantages_are_ours_with_its_eps_and_correction(monkeypatch):
+def openrlhfs_advantages(rewards):
+    """Of rewards (B, K+1)."""
     from openrlhf.trainer.ppo_utils.experience import Experience
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-    rewards = torch.randn(B, K + 1, generator=torch.Generator().manual_seed(0))
     rows = Experience(
         rewards=rewards.flatten().clone(),
-        index=list(range(B * (K + 1))),
-        action_mask=torch.ones(B * (K + 1), 3),
-        kl=torch.zeros(B * (K + 1), 3),
+        index=list(range(rewards.numel())),
+        action_mask=torch.ones(rewards.numel(), 3),
+        kl=torch.zeros(rewards.numel(), 3),
         info={},
     )
-    (batch,) = maker(RemoteExperienceMaker).compute_advantages_and_returns([rows])
+    (batch,) = maker(RemoteExperienceMaker, n=rewards.shape[1]).compute_advantages_and_returns([rows])
+    return core.group(batch.advantages[:, 0], rewards.shape[1])
+
+
+def test_openrlhfs_own_advantages_are_ours_with_its_eps_and_correction():
+    rewards = torch.randn(B, K + 1, generator=torch.Generator().manual_seed(0))
     ours = core.group_advantages(rewards, eps=1e-9, correction=1)
-    torch.testing.assert_close(core.group(batch.advantages[:, 0], K + 1), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(openrlhfs_advantages(rewards), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_of_equal_rewards_openrlhf_makes_advantages_of_rounding_and_we_do_not():
+    rewards = torch.full((1, 8), 0.7)
+    assert openrlhfs_advantages(rewards).abs().min() > 0.9
+    assert (core.group_advantages(rewards, eps=1e-9) == 0).all()
