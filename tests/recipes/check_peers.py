@@ -31,7 +31,9 @@ class Peer:
 PEERS = {
     "trl": Peer("trl", "1.16.0"),
     "verl": Peer("verl", "0.9.1", "TransferQueue cachetools uvicorn fastapi pillow matplotlib ipython"),
-    "openrlhf": Peer("openrlhf", "0.11.2", "deepspeed transformers ray peft datasets aiohttp torchdata pylatexenc optree", alone=True),
+    "openrlhf": Peer(
+        "openrlhf", "0.11.2", "deepspeed transformers ray peft datasets aiohttp torchdata pylatexenc", alone=True
+    ),
     "liger": Peer("liger-kernel", "0.8.5", "transformers packaging", alone=True),
     "tunix": Peer("google-tunix", "0.1.7", "jax flax humanize optax huggingface_hub", alone=True),
     "minionerec": Peer("accelerate", "1.15.0"),  # MiniOneRec itself is not on PyPI
