@@ -42,6 +42,7 @@ import difflib
 import itertools
 import json
 import re
+import shlex
 import sys
 import time
 import zlib
@@ -103,12 +104,14 @@ class Settings:
     eval_every: int = option(50, "steps between two points of the training curve")
 
     def __post_init__(self):
-        at_least_1 = {"sft_batch_size", "batch_size", "updates", "max_history", "beam_width", "eval_prompts",
-                      "eval_every"}
+        at_least_1 = {"sft_steps", "sft_batch_size", "rl_steps", "batch_size", "updates", "max_history", "beam_width",
+                      "eval_prompts", "eval_every"}
         for field in dataclasses.fields(self):
             value, low = getattr(self, field.name), 1 if field.name in at_least_1 else 0
             if type(field.default) in (int, float) and field.name != "floor" and not low <= value < float("inf"):
                 raise BadInput(f"--{dashed(field.name)} {value}: must be a finite number, {low} or more")
+        if self.seed >= 2**63:
+            raise BadInput(f"--seed {self.seed}: too large; use a number below 2**63")
         if not (self.bait <= 1 and abs(self.floor) < float("inf")):
             raise BadInput(f"--bait {self.bait} --floor {self.floor}: bait lies between 0 and 1, floor is finite")
         if self.method != "all" and self.method not in METHODS:
@@ -117,15 +120,17 @@ class Settings:
                            + f"Choose from {', '.join(METHODS)}, all")
         if self.batch_size == 1 and self.method != "nll":
             raise BadInput("--batch-size 1: negatives come from the other prompts of a batch; use 2 or more")
-        # The core knows which tau, rho, K and M cannot work; ask it now instead of after the supervised steps.
+        # The core knows which tau, rho, epsilon, K and M cannot work; ask it now instead of after the supervised steps.
         B, K, M = self.batch_size, self.group_size, self.negatives
         try:
             if self.method != "nll":
                 core.group_advantages(np.zeros((1, K)))
                 core.reliability(np.zeros(1), np.zeros((1, K)), np.zeros((1, M)), tau=self.tau, rho=self.rho)
                 core.in_batch_negatives(np.zeros((B, B * K)), k=K, m=M)
+                core.grpo_loss(np.zeros((1, 1, 1)), np.zeros((1, 1, 1)), np.zeros((1, 1)), epsilon=self.epsilon)
         except ValueError as error:
-            raise BadInput(f"--tau {self.tau:g} --rho {self.rho:g} --group-size {K} --negatives {M}: {error}") from None
+            raise BadInput(f"--tau {self.tau:g} --rho {self.rho:g} --epsilon {self.epsilon:g} --group-size {K} "
+                           f"--negatives {M}: {error}") from None
 
 
 class BadInput(ValueError):
@@ -150,12 +155,14 @@ class Learner:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.02, max(1, steps))
 
     def update(self, loss):
+        """One step down `loss`; returns the gradient's norm before clipping and the learning rate of this step."""
+        lr = self.schedule.get_last_lr()[0]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
-        return norm
+        return norm, lr
 
 
 def batches(n, size, steps, generator):
@@ -178,8 +185,6 @@ class Catalogue:
     def __init__(self, sids, device="cpu"):
         self.L = len(sids[0])
         vocabulary = [sorted({sid[level] for sid in sids}) for level in range(self.L)]
-        self.names = [f"<{'abcdefghijklmnopqrstuvwxyz'[level]}_{code}>" if isinstance(code, int) else code
-                      for level, codes in enumerate(vocabulary) for code in codes]
         starts = np.cumsum([0] + [len(codes) for codes in vocabulary])
         number = [{code: start + i for i, code in enumerate(codes)}
                   for start, codes in zip(starts, vocabulary, strict=False)]
@@ -345,10 +350,12 @@ def read_jsonl(path):
     for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(text)
-            yield line, [tuple(sid) for sid in row["history"]], tuple(row["target"])
+            history, target = [tuple(sid) for sid in row["history"]], tuple(row["target"])
+            hash((*history, target))  # lists within a Semantic ID are refused here, not where it is looked up
         except (ValueError, TypeError, KeyError):
             raise BadInput(f'{path}, line {line}: expected {{"history": [[12, 3, 4], ...], "target": [5, 0, 1]}}, '
                            f"got {text:.80}") from None
+        yield line, history, target
 
 
 # == 3. The toy world: a shop whose click log misleads in some places =================================================
@@ -537,10 +544,11 @@ class Policy:
     def run(self, ids, visible, positions, cache=None):
         """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache."""
         model = self.model
-        # An additive mask, since some attention implementations add a boolean one; and finite, since a padding row
-        # that sees nothing would otherwise be NaN.
+        # An additive mask, since some attention implementations add a boolean one; and finite (in float32 too, where
+        # the softmax may run), since a padding row that sees nothing would otherwise be NaN.
+        blocked = max(torch.finfo(model.dtype).min, torch.finfo(torch.float32).min)
         mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
-        mask = mask.masked_fill(~visible, torch.finfo(model.dtype).min).unsqueeze(1)
+        mask = mask.masked_fill(~visible, blocked).unsqueeze(1)
         cache = DynamicCache(cache)  # wraps, copies nothing: a prompt can be grown upon many times
         hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                                   use_cache=True).last_hidden_state
@@ -654,8 +662,8 @@ def train_sft(policy, prompts, cfg, log):
         target = policy.catalogue.tokens[batch.target].unsqueeze(1)  # (B, 1, L)
         _, target_logp = grow(policy, policy.read(batch.history), given(target))
         nll = core.nll_loss(target_logp[:, 0]).mean()
-        norm = learner.update(nll)
-        log(phase="sft", step=step + 1, nll=nll, gradient_norm=norm)
+        norm, lr = learner.update(nll)
+        log(phase="sft", step=step + 1, lr=lr, nll=nll, gradient_norm=norm)
 
 
 # == 6. The step: roll out, score, judge, learn =======================================================================
@@ -719,7 +727,10 @@ def train_rl(policy, reward, prompts, cfg, name, log):
                     rewards, target_reward, negative_rewards = scores[:, :K], scores[:, K], scores[:, K + 1 :]
 
                     # -- judge: is it difficult for the policy (eq. 7), does the ranker know (eq. 9)? ---------------
-                    hard = core.difficulty(-nll, core.length_normalized(old_logp), tau=cfg.tau)  # (B,)
+                    # A rollout that repeats the truth ties with it; two passes round differently, so say so.
+                    likely = core.length_normalized(old_logp)  # (B, K)
+                    likely = torch.where(items == batch.target.unsqueeze(1), -nll.unsqueeze(1), likely)
+                    hard = core.difficulty(-nll, likely, tau=cfg.tau)  # (B,)
                     clear = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
                     clip = method.admit(hard, clear, batch, dice["random gate"])
                     advantages = core.group_advantages(rewards)  # (B, K)
@@ -734,12 +745,11 @@ def train_rl(policy, reward, prompts, cfg, name, log):
                 grpo = core.grpo_loss(logp, old_logp[admitted], advantages[admitted], epsilon=cfg.epsilon)
                 loss = loss + cfg.lam * grpo.sum() / B
                 extra = dict(grpo=grpo.sum() / B, ratio=(logp - old_logp[admitted]).exp().mean())
-            norm = learner.update(loss)
+            norm, lr = learner.update(loss)
 
         if method.admit:
             extra |= diagnostics(hard, clear, clip, rewards, target_reward, rollouts, items, cfg)
-        log(phase="rl", method=name, step=step + 1, lr=learner.schedule.get_last_lr()[0], nll=nll.mean(), **extra,
-            gradient_norm=norm)
+        log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **extra, gradient_norm=norm)
         yield step + 1
 
 
@@ -849,7 +859,10 @@ def run(cfg):
     disable_progress_bar()  # of saving; ours stay
     out = new_folder(cfg)
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
-    out.mkdir(parents=True)  # only now: data that is refused leaves nothing behind
+    try:
+        out.mkdir(parents=True)  # only now: data that is refused leaves nothing behind
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     log = Journal(out / "metrics.jsonl")
     say(f"{data.catalogue.N} items, {len(data.sft.target)} prompts for SFT, {len(data.rl.target)} for RL; see {out}")
@@ -881,7 +894,7 @@ def run(cfg):
     picture(log.rows, out / "dynamics.png")
     facts = (f"{len(test.target)} test prompts, beams of width {cfg.beam_width}; {time.time() - began:.0f} s in all, "
              f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads")
-    page = [f"# {out.name}", f"`python nanoadagrpo.py {' '.join(command(cfg))}`", table(results), facts,
+    page = [f"# {out.name}", f"`python nanoadagrpo.py {shlex.join(command(cfg))}`", table(results), facts,
             "![training dynamics](dynamics.png)"]
     (out / "report.md").write_text("\n\n".join(page) + "\n")
     say(f"\n{table(results)}\n\n{facts}\nreport, figure and policy: {out}")
@@ -908,7 +921,7 @@ def command(cfg):
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if value != field.default and field.name not in ("out", "device"):
-            yield f"--{dashed(field.name)}" + ("" if value is True else f" {value}")
+            yield from [f"--{dashed(field.name)}", str(value)][: 1 if value is True else 2]
 
 
 class Parser(argparse.ArgumentParser):
