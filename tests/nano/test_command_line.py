@@ -19,7 +19,7 @@ import nanoadagrpo as nano
 from .helpers import QUICK, SHOP
 
 FILES = ["config.json", "dynamics.png", "metrics.jsonl", "policy", "report.md"]
-EVERY_STEP = {"phase", "step", "nll", "gradient_norm"}
+EVERY_STEP = {"phase", "step", "lr", "nll", "gradient_norm"}
 EVERY_RL_STEP = EVERY_STEP | {
     "method", "lr", "grpo", "ratio", "reward", "reward_spread", "difficult", "easy", "reliable", "not_prominent",
     "not_suppressed", "admitted", "zero_spread", "duplicate_rollouts", "invalid_rollouts"}
@@ -69,7 +69,7 @@ def check_log(rows, methods, sft_steps, rl_steps):
     for method in methods:
         mine = [row for row in phases["rl"] if row["method"] == method]
         assert [row["step"] for row in mine] == list(range(1, rl_steps + 1))
-        assert all(row.keys() == (EVERY_STEP | {"method", "lr"} if method == "nll" else EVERY_RL_STEP) for row in mine)
+        assert all(row.keys() == (EVERY_STEP | {"method"} if method == "nll" else EVERY_RL_STEP) for row in mine)
         evaluated = [row["step"] for row in phases["valid"] if row["method"] == method]
         assert evaluated[0] == 0 and evaluated[-1] == rl_steps and evaluated == sorted(set(evaluated))
     assert all(row.keys() == EVERY_EVALUATION for row in phases["valid"])
