@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: MIT
+"""The page: tables, figures and verdicts, all computed from the units of work; nothing is concluded beforehand."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from arithmetic import (
+    Interval,
+    difficulty_bins,
+    hr_in_bins,
+    lift,
+    over_seeds,
+    pooled_lift,
+    seen,
+    split_users,
+    verdict,
+)
+from matplotlib.figure import Figure
+from measure import DWELL, EFFECTIVE, VISIT
+
+NAMES = {"base": "Base (SFT only)", "nll": "NLL continued", "grpo": "GRPO", "grpo+nll": "GRPO+NLL",
+         "adagrpo-d": "AdaGRPO D", "adagrpo-r": "AdaGRPO R", "adagrpo": "AdaGRPO D&R", "random-gate": "random gate",
+         "oracle-gate": "oracle gate", "true-reward": "GRPO+NLL, true utility as reward"}
+CONTROLS = ("nll", "grpo+nll", "random-gate")
+RULES = {"equal": "equal lambda", "tuned": "lambda chosen on validation"}
+# Column of Table 4 -> (key, scale, digits).
+COLUMNS = {"HR@1": ("hr@1", 100, 2), "HR@10": ("hr@10", 100, 2), "HR@50": ("hr@50", 100, 2),
+           "NDCG@10": ("ndcg@10", 100, 2), "Clk@1": ("click_reward@1", 1, 3), "Clk@10": ("click_reward@10", 1, 3),
+           "Clk@50": ("click_reward@50", 1, 3), "Ord@1": ("order_reward@1", 1, 3), "Ord@10": ("order_reward@10", 1, 3),
+           "Ord@50": ("order_reward@50", 1, 3), "halluc. %": ("hallucination", 100, 2),
+           "sampled %": ("sampled_hallucination", 100, 2), "true utility": ("utility@10", 1, 2)}
+BINS = ("easiest", "2", "3", "4", "hardest")
+STRATA = {"overall": "all (Table 1)", "hard": "hard (Table 2)", "discriminable": "hard and discriminable (Table 3)",
+          "clean": "contexts without bait", "misled": "contexts with bait"}
+
+
+class Results(NamedTuple):
+    """Everything that the page is about. Lists of units run over the seeds, in one order."""
+
+    cfg: object
+    world: object
+    seeds: list
+    tuned_on: list
+    rules: tuple
+    base: list
+    arms: dict  # rule -> row -> units
+    doses: dict  # rule -> row -> Arm
+    knob_seeds: list
+    knob_tuned: list  # baits for which doses were chosen
+    knob: dict  # rule -> bait -> row -> units
+    widths: dict
+    code: str
+    core_minutes: float
+
+    def units(self, rule, name):
+        return self.base if name == "base" else self.arms[rule][name]
+
+    def values(self, rule, name, key, checkpoint="final"):
+        return np.array([unit[checkpoint][key] for unit in self.units(rule, name)])
+
+
+# == The claims =======================================================================================================
+
+
+class Claim(NamedTuple):
+    """A finding in words, and the differences that must all lie above 0 for it to be seen."""
+
+    text: str
+    paper: str  # its numbers there; empty where the paper has no such comparison
+    differences: Callable  # (results, rule) -> list of Interval, in `unit`
+    unit: str = "points"
+    any_dose: bool = False  # no dose enters
+
+
+def more(key, name, other, checkpoint="final", other_checkpoint="final", share=1.0, over=None):
+    """name - other, paired over seeds, in points (utility as it is); or (name - over) - share * (other - over)."""
+    scale = 1 if key == "utility@10" else 100
+
+    def difference(results, rule):
+        a, b = results.values(rule, name, key, checkpoint), results.values(rule, other, key, other_checkpoint)
+        c = 0 if over is None else results.values(rule, over, key)
+        return over_seeds(scale * ((a - c) - share * (b - c)))
+
+    return difference
+
+
+def less(key, name, other):
+    return more(key, other, name)
+
+
+def every(*differences):
+    return lambda results, rule: [difference(results, rule) for difference in differences]
+
+
+def influence_over_null(results, stratum):
+    """How much more the ranker moves the truth up than a random ranker does, per beam width."""
+    return [over_seeds([unit["influence"][width]["ranker"][stratum]["influence"]
+                        - unit["influence"][width]["random"][stratum]["influence"] for unit in results.base])
+            for width in results.widths]
+
+
+def trust_grows(results):
+    """Rank correlation of reward and true utility on the discriminable, minus that on all."""
+    tables = [[unit["influence"][width]["ranker"] for unit in results.base] for width in results.widths]
+    return [over_seeds([table["discriminable"]["spearman"] - table["overall"]["spearman"] for table in per_seed])
+            for per_seed in tables]
+
+
+def lifts(treatment, control, *columns):
+    return lambda results, rule: [ab_test(results, rule, treatment, control)[column] for column in columns]
+
+
+CLAIMS = [
+    Claim("The ranker moves hard truths up, more than a random ranker does (Table 2)", "+11.4 at W=50, +30.8 at W=128",
+          lambda results, rule: influence_over_null(results, "hard"), "ranks", True),
+    Claim("The same of hard and discriminable truths (Table 3)", "+23.2, +59.9; no null given",
+          lambda results, rule: influence_over_null(results, "discriminable"), "ranks", True),
+    Claim("Where the truth is hard and discriminable, the reward agrees better with the true utility", "",
+          lambda results, rule: trust_grows(results), "correlation", True),
+    Claim("GRPO alone loses HR@10 against Base", "10.39 against 11.01", every(less("hr@10", "grpo", "base"))),
+    Claim("GRPO alone hallucinates more than Base", "0.89 against 0.08 %",
+          every(more("hallucination", "grpo", "base"))),
+    Claim("GRPO+NLL hallucinates more than NLL continued", "0.59 %; the paper has Base only, 0.08 %",
+          every(more("hallucination", "grpo+nll", "nll"))),
+    Claim("GRPO+NLL raises the ranker's p(click) most: more than AdaGRPO D&R", "Clk@10 .2391 against .2331",
+          every(more("click_reward@10", "grpo+nll", "adagrpo"))),
+    Claim("AdaGRPO D&R raises the ranker's p(order) more than GRPO+NLL", "Ord@10 .4617 against .4479",
+          every(more("order_reward@10", "adagrpo", "grpo+nll"))),
+    Claim("AdaGRPO D beats GRPO+NLL in HR@10", "11.48 against 11.06", every(more("hr@10", "adagrpo-d", "grpo+nll"))),
+    Claim("AdaGRPO D&R beats D alone in HR@10", "11.63 against 11.48", every(more("hr@10", "adagrpo", "adagrpo-d"))),
+    Claim("AdaGRPO D&R beats GRPO+NLL in HR@10", "11.63 against 11.06", every(more("hr@10", "adagrpo", "grpo+nll"))),
+    Claim("AdaGRPO D&R hallucinates less than GRPO+NLL", "0.27 against 0.59 %",
+          every(less("hallucination", "adagrpo", "grpo+nll"))),
+    Claim("AdaGRPO D&R beats Base in HR@10", "11.63 against 11.01", every(more("hr@10", "adagrpo", "base"))),
+    Claim("Control: AdaGRPO D&R beats NLL continued in HR@10", "", every(more("hr@10", "adagrpo", "nll"))),
+    Claim("Control: AdaGRPO D&R beats the random gate of equal coverage in HR@10", "",
+          every(more("hr@10", "adagrpo", "random-gate"))),
+    Claim("Control: the same in the true utility of what is served", "",
+          every(more("utility@10", "adagrpo", "random-gate")), "utility"),
+    Claim("Control: AdaGRPO D&R has more than .6 of the oracle gate's gain over NLL, itself above 0", "",
+          every(more("hr@10", "oracle-gate", "nll"), more("hr@10", "adagrpo", "oracle-gate", share=0.6, over="nll"))),
+    Claim("Headroom: the true utility as reward beats NLL continued in HR@10", "",
+          every(more("hr@10", "true-reward", "nll"))),
+    Claim("AdaGRPO's best checkpoint, chosen on validation, beats its last in HR@10", "12.18 against 11.63",
+          every(more("hr@10", "adagrpo", "adagrpo", checkpoint="best"))),
+    Claim("Against GRPO+NLL, AdaGRPO D&R gains HR@10 in the three middle bins (Table 5)",
+          "12.83 to 12.90, 8.47 to 8.64, 5.21 to 5.38",
+          lambda results, rule: binned_differences(results, rule, "adagrpo", "grpo+nll")[1:4]),
+    Claim("Served to users, AdaGRPO D&R lifts effective page views, CTR and dwell time over Base (Table 6)",
+          "+0.43, +0.27, +0.23 %", lifts("adagrpo", "base", "page_views", "ctr", "dwell"), "%"),
+    Claim("The same over GRPO+NLL", "whose own lifts were +0.09, +0.09, +0.01 %",
+          lifts("adagrpo", "grpo+nll", "page_views", "ctr", "dwell"), "%"),
+    Claim("More categories exposed and clicked than by Base (Table 6)", "significant",
+          lifts("adagrpo", "base", "exposed", "clicked"), "%"),
+]
+
+
+def judged(results, claim):
+    """(verdict, {rule: intervals}) of a claim."""
+    rules = ("any",) if claim.any_dose else results.rules
+    intervals = {rule: claim.differences(results, rule) for rule in rules}
+    return verdict({rule: seen(found) for rule, found in intervals.items()}), intervals
+
+
+# == Quantities of several seeds that more than one place needs =======================================================
+
+
+def bins_per_seed(results):
+    return [difficulty_bins(unit["arrays"]["rank"], unit["arrays"]["truth_logp"], results.cfg.beam_width)
+            for unit in results.base]
+
+
+def binned(results, rule, name):
+    """(seeds, 5) HR@10 in the bins of Table 5."""
+    return np.array([hr_in_bins(unit["arrays"]["rank"], bins)
+                     for unit, bins in zip(results.units(rule, name), bins_per_seed(results), strict=True)])
+
+
+def binned_differences(results, rule, name, other):
+    difference = 100 * (binned(results, rule, name) - binned(results, rule, other))
+    return [over_seeds(column) for column in difference.T]
+
+
+def ab_test(results, rule, treatment, control):
+    """{column of VISIT: pooled relative lift in percent}; both arms in one period, users split at random in every world."""
+    found = {}
+    for column, key in enumerate(VISIT):
+        each = []
+        pairs = zip(results.seeds, results.units(rule, treatment), results.units(rule, control), strict=True)
+        for seed, one, other in pairs:
+            one, other = one["arrays"]["visit"][:, column], other["arrays"]["visit"][:, column]
+            each.append([100 * x for x in lift(one, other, split_users(len(one), seed))])
+        found[key] = pooled_lift(*zip(*each, strict=True))
+    return found
+
+
+# == Markdown =========================================================================================================
+
+
+def markdown(rows):
+    """Rows of cells, the first of which is the head; numbers to the right."""
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    line = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)]
+    cells = [rows[0], line, *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                                       for i, (cell, w) in enumerate(zip(row, width, strict=True))) + " |"
+                     for row in cells)
+
+
+def number(x, scale=1, digits=2):
+    return "" if x is None or np.isnan(x) else f"{x * scale:.{digits}f}"
+
+
+def signed(interval, digits=2):
+    """Mean and 95 % interval; bold where the interval does not hold 0."""
+    mean, low, high = interval
+    if np.isnan(mean):
+        return ""
+    if np.isnan(low):
+        return f"{mean:+.{digits}f}"
+    text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table_influence(results, width):
+    """Tables 1 to 3 for one beam width."""
+    rows = [["stratum", "ranker", "LLM rank", "RM rank", "influence", "coverage %", "correlation", "baited %"]]
+    for stratum, title in STRATA.items():
+        for ranker in ("ranker", "random"):
+            parts = [unit["influence"][width][ranker][stratum] for unit in results.base]
+            cells = [(number(np.mean([part.get(key, np.nan) for part in parts]), scale, digits))
+                     for key, scale, digits in (("llm_rank", 1, 1), ("rm_rank", 1, 1), ("influence", 1, 1),
+                                                ("coverage", 100, 1), ("spearman", 1, 3), ("misled", 100, 1))]
+            rows.append([title, "the ranker" if ranker == "ranker" else "random", *cells])
+    return markdown(rows)
+
+
+def table_main(results, rule, checkpoint):
+    """Table 4: means over seeds."""
+    rows = [["method", *COLUMNS, "admitted %", "of them baited %"]]
+    for name, title in NAMES.items():
+        units = results.units(rule, name)
+        gate = ["", ""]
+        if name not in ("base", "nll"):
+            shares = [unit["misled"] for unit in units if unit["admitted"] > 0]
+            gate = [number(np.mean([unit["admitted"] for unit in units]), 100, 1),
+                    number(np.mean(shares), 100, 1) if shares else ""]
+        rows.append([title, *(number(results.values(rule, name, key, checkpoint).mean(), scale, digits)
+                              for key, scale, digits in COLUMNS.values()), *gate])
+        if name == "nll" and checkpoint == "final":
+            again = [unit["reranked"] for unit in units]
+            rows.append(["NLL continued, beams re-ranked by the ranker",
+                         *(number(np.mean([one.get(key, np.nan) for one in again]), scale, digits)
+                           for key, scale, digits in COLUMNS.values()), "", ""])
+    return markdown(rows)
+
+
+def table_differences(results, rule, checkpoint, keys=("hr@10", "ndcg@10", "hallucination", "utility@10")):
+    """Every row against the three controls, paired over seeds."""
+    titles = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "hallucination": "halluc. %", "utility@10": "true utility"}
+    rows = [["method", *(f"{titles[key]} − {NAMES[control]}" for key in keys for control in CONTROLS)]]
+    for name, title in NAMES.items():
+        rows.append([title, *("" if name == control else
+                              signed(more(key, name, control, checkpoint, checkpoint)(results, rule))
+                              for key in keys for control in CONTROLS)])
+    return markdown(rows)
+
+
+def table_contexts(results, rule):
+    """HR@10 where the log was clean and where it was baited."""
+    rows = [["method", "HR@10 without bait", "− NLL continued", "HR@10 with bait", "− NLL continued"]]
+    for name, title in NAMES.items():
+        cells = []
+        for key in ("hr@10 clean", "hr@10 misled"):
+            cells.append(number(results.values(rule, name, key).mean(), 100))
+            cells.append("" if name == "nll" else signed(more(key, name, "nll")(results, rule)))
+        rows.append([title, *cells])
+    return markdown(rows)
+
+
+def table_bins(results, rule):
+    rows = [["HR@10 by the base policy's rank of the truth", *BINS]]
+    for name, title in NAMES.items():
+        rows.append([title, *(number(x, 100) for x in binned(results, rule, name).mean(0))])
+    for other in CONTROLS:
+        rows.append([f"AdaGRPO D&R − {NAMES[other]}",
+                     *(signed(x) for x in binned_differences(results, rule, "adagrpo", other))])
+    return markdown(rows)
+
+
+def table_ab(results, rule):
+    rows = [["lift, %", "effective page views", "CTR", "dwell time", "categories exposed", "categories clicked"]]
+    for control, treatments in {"base": ("grpo+nll", "adagrpo", "random-gate", "oracle-gate"),
+                                "nll": ("grpo+nll", "adagrpo", "random-gate", "oracle-gate"),
+                                "grpo+nll": ("adagrpo",)}.items():
+        for treatment in treatments:
+            found = ab_test(results, rule, treatment, control)
+            rows.append([f"{NAMES[treatment]} over {NAMES[control]}", *(signed(found[key]) for key in VISIT)])
+    return markdown(rows)
+
+
+def table_doses(results):
+    rows = [["method", *(f"{'dose'}: {RULES[rule]}" for rule in results.rules)]]
+    for name, title in NAMES.items():
+        if name != "base":
+            arms = [results.doses[rule][name] for rule in results.rules]
+            rows.append([title, *(f"learning rate {arm.lr:g}" if name in ("nll", "grpo") else f"lambda {arm.lam:g}"
+                                  for arm in arms)])
+    return markdown(rows)
+
+
+def table_verdicts(results):
+    rows = [["finding", "the paper", "verdict", "unit", *(f"differences, {RULES[rule]}" for rule in results.rules)]]
+    for claim in CLAIMS:
+        word, intervals = judged(results, claim)
+        if claim.any_dose:  # measured once: under the first rule's heading
+            intervals = {results.rules[0]: intervals["any"]}
+        rows.append([claim.text, claim.paper, f"**{word}**", claim.unit,
+                     *("; ".join(map(signed, intervals.get(rule, ()))) for rule in results.rules)])
+    return markdown(rows)
+
+
+# == Figures ==========================================================================================================
+
+COLOURS = {"nll": "0.35", "grpo": "C4", "grpo+nll": "C1", "adagrpo-d": "C2", "adagrpo-r": "C5", "adagrpo": "C0",
+           "random-gate": "C3", "oracle-gate": "C8"}
+
+
+def band(axes, x, values, name, scale=1):
+    """Mean over seeds (seeds, x) and its 95 % interval."""
+    spread = [over_seeds(column * scale) for column in np.asarray(values, float).T]
+    mean, low, high = (np.array([getattr(point, end) for point in spread]) for end in Interval._fields)
+    axes.plot(x, mean, label=NAMES[name], color=COLOURS[name], lw=2.4 if name == "adagrpo" else 1.3,
+              ls="--" if name == "oracle-gate" else "-")
+    axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, lw=0)
+
+
+def figure_dynamics(results, path):
+    """Figure 3, a row of panels per dose rule."""
+    panels = {"HR@10 (%)": ("hr@10", 100), "hallucination (%)": ("hallucination", 100),
+              "ranker's p(click), best of 10": ("click_reward@10", 1), "admitted (%)": (None, 100)}
+    figure = Figure(figsize=(15, 3.4 * len(results.rules)), layout="constrained")
+    grid = figure.subplots(len(results.rules), len(panels), squeeze=False)
+    for line, rule in zip(grid, results.rules, strict=True):
+        for axes, (title, (key, scale)) in zip(line, panels.items(), strict=True):
+            for name in COLOURS:
+                units = results.arms[rule][name]
+                if key:
+                    x = [0, *(point["step"] for point in units[0]["curve"])]
+                    values = [[base["valid"][key], *(point[key] for point in unit["curve"])]
+                              for unit, base in zip(units, results.base, strict=True)]
+                    band(axes, x, values, name, scale)
+                elif name not in ("nll", "grpo", "grpo+nll"):
+                    each = [unit["arrays"]["admitted"] for unit in units]
+                    share = np.array([one[:, 1] / one[:, 0] for one in each])
+                    n = max(1, share.shape[1] // 20)  # one batch admits in steps of 1/B: means of a twentieth
+                    share = share[:, : share.shape[1] // n * n].reshape(len(share), -1, n).mean(2)
+                    band(axes, n * (np.arange(share.shape[1]) + 1), share, name, scale)
+            axes.set(title=f"{title}, {RULES[rule]}", xlabel="step")
+            axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def knob_gains(results, rule):
+    """{line: {bait: interval}} of the knob figure: HR@10 in points, paired over seeds."""
+    lines = {"D&R − random gate": ("adagrpo", "random-gate"), "D&R − GRPO+NLL": ("adagrpo", "grpo+nll"),
+             "D&R − NLL continued": ("adagrpo", "nll"), "oracle gate − NLL continued": ("oracle-gate", "nll")}
+    return {line: {bait: over_seeds([100 * (a["final"]["hr@10"] - b["final"]["hr@10"])
+                                     for a, b in zip(rows[one], rows[other], strict=True)])
+                   for bait, rows in results.knob[rule].items()} for line, (one, other) in lines.items()}
+
+
+def figure_knob(results, path):
+    figure = Figure(figsize=(6.5 * len(results.knob), 4), layout="constrained")
+    for axes, rule in zip(figure.subplots(1, len(results.knob), squeeze=False)[0], results.knob, strict=True):
+        for (line, gains), colour in zip(knob_gains(results, rule).items(), ("C3", "C1", "0.35", "C8"), strict=True):
+            x, points = list(gains), list(gains.values())
+            reach = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+            axes.errorbar(x, [p.mean for p in points], reach, label=line, color=colour, capsize=3, marker="o", ms=4,
+                          ls="--" if line.startswith("oracle") else "-")
+        axes.axhline(0, color="0.7", lw=0.8)
+        axes.set(title=f"gain in HR@10, points ({RULES[rule]})",
+                 xlabel="bait: how far clicks mislead in half of the contexts")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def table_knob(results, rule):
+    gains = knob_gains(results, rule)
+    rows = [["bait", *(f"{bait:g}" for bait in results.knob[rule])]]
+    rows += [[line, *(signed(interval) for interval in points.values())] for line, points in gains.items()]
+    for title, key in (("D&R admits, %", "admitted"), ("of these baited, %", "misled")):
+        rows.append([title, *(number(np.mean([unit[key] for unit in units["adagrpo"]]), 100, 1)
+                              for units in results.knob[rule].values())])
+    return markdown(rows)
+
+
+# == The page =========================================================================================================
+
+
+def machine():
+    """The processor's name, the cores, the libraries."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return (f"{name}, {os.cpu_count()} cores, one per seed; Python {platform.python_version()}, "
+            f"torch {torch.__version__}")
+
+
+def commit(root):
+    """The commit, and whether the code differs from it."""
+    try:
+        def git(*words):
+            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+        changed = git("status", "--porcelain", "--", "nanoadagrpo.py", "adagrpo_core", "docs/evidence/*.py")
+        return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_page(results, path, command, root):
+    figures = path.parent / "evidence"
+    figures.mkdir(parents=True, exist_ok=True)
+    figure_dynamics(results, figures / "dynamics.png")
+    if results.knob:
+        figure_knob(results, figures / "knob.png")
+    path.write_text("\n\n".join(page(results, command, root)) + "\n", encoding="utf-8")
+
+
+def page(results, command, root):
+    """The paragraphs of docs/results.md."""
+    cfg, seeds = results.cfg, results.seeds
+    overlap = sorted(set(seeds) & set(results.tuned_on))
+    yield "# Results on the toy shop"
+    yield ("*Written by `docs/evidence/run.py`; edit that instead.* Does it matter when a policy trusts its reward? "
+           "Every table and figure of the paper, on a made-up shop whose truth is known ([toy.md](toy.md)), beside "
+           "controls that could refute it: supervision alone, continued; a gate of equal coverage that admits at "
+           "random; a random ranker; and, as ceilings, a gate that knows where the log misleads, and the true utility "
+           "as a reward.")
+    yield markdown([["setting", ""],
+                    ["command", f"`{command}`"],
+                    ["seeds", f"{', '.join(map(str, seeds))}"
+                     + (f"; of these {', '.join(map(str, overlap))} also chose the doses" if overlap else "")],
+                    ["settings", f"defaults of nanoadagrpo.py: {cfg.rl_steps} steps of {cfg.batch_size} prompts, "
+                     f"K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, rho={cfg.rho:g}, bait={cfg.bait:g}, "
+                     f"{cfg.rl_prompts} labelled prompts"],
+                    ["test", f"{cfg.eval_prompts} prompts a seed, the same for all methods, beams of width "
+                     f"{cfg.beam_width}"],
+                    ["machine", machine()], ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],
+                    ["run time", f"{results.core_minutes:.0f} core minutes, "
+                     f"{results.core_minutes / len(seeds):.1f} a seed"]])
+    yield ("Intervals in brackets are 95 % t-intervals over seeds of paired differences (same shop, same prompts); "
+           "bold where 0 lies outside. HR, NDCG and hallucination are in percent, their differences in points. "
+           "Definitions: [metrics.md](metrics.md). *True utility* is the mean true utility of the first 10 valid beams. No correction is made for the number "
+           "of comparisons.")
+    yield "## Verdicts"
+    yield ("The rule is code (`verdict` in `docs/evidence/arithmetic.py`): a finding is *seen* under a dose rule if "
+           "all of its differences, turned so that the claim says \"above 0\", have intervals above 0. *Confirmed*: "
+           "seen under every dose rule. *Only at ...*: under that one alone. *The opposite*: an interval below 0. All "
+           "at the final checkpoint unless said otherwise.")
+    yield table_verdicts(results)
+    yield "## Doses"
+    if "tuned" in results.rules:
+        yield ("The paper compares at equal lambda. But an equal weight is not an equal dose: a gate that admits a "
+               f"tenth applies a tenth. So beside it every method gets the dose with the highest HR@10 on validation, "
+               f"mean of seeds {', '.join(map(str, results.tuned_on))}, of equally many tried (`dose.json`). What has "
+               "no lambda is tuned in its learning rate.")
+    else:
+        yield "Doses were not chosen on validation: `--tune` has not been run. Only equal lambda is reported."
+    yield table_doses(results)
+    yield "## Tables 1 to 3: what the ranker does to the truth's rank"
+    yield ("Beams of the base policy; the truth is inserted in both pools, as in eq. 6 and 8. Influence is LLM rank − "
+           "RM rank. *Random* gives every item a random score: choosing instances by both ranks forces an "
+           "influence by itself, and its rows say how much. *Correlation* is Spearman's, of reward and true utility, "
+           "over the valid beams of an instance without the truth, averaged: no choice by ranks forces it.")
+    for width, n in results.widths.items():
+        yield f"**W = {width}**, {n} prompts a seed"
+        yield table_influence(results, width)
+    for rule in results.rules:
+        yield f"## Table 4, {RULES[rule]}: final checkpoint"
+        yield table_main(results, rule, "final")
+        yield "Differences:"
+        yield table_differences(results, rule, "final")
+        yield "By context:"
+        yield table_contexts(results, rule)
+        yield f"## Table 4, {RULES[rule]}: best checkpoint"
+        steps = [str(point["step"]) for point in results.arms[rule]["nll"][0]["curve"]]
+        yield (f"Of the steps {', '.join(steps)}, the one with the highest HR@10 on validation, for each method and "
+               "seed.")
+        yield table_main(results, rule, "best")
+        yield table_differences(results, rule, "best", ("hr@10", "hallucination"))
+        yield f"## Table 5, {RULES[rule]}"
+        yield ("Five bins of equally many prompts, by the rank that the base policy gives the truth among its beams; "
+               "beyond the beams, by the likelihood that it gives the truth.")
+        yield table_bins(results, rule)
+        yield f"## Table 6, {RULES[rule]}: a simulated A/B test"
+        yield ("In every world users are split at random, and both arms serve in the same period: on each visit of the "
+               "test period the first 10 valid beams are shown. A reader clicks with probability sigmoid(true utility "
+               f"− {results.world.click_at:g}), the click model of the log without its bait, and stays {DWELL:g} · "
+               f"log(1 + exp(true utility − {results.world.click_at:g})) seconds; an effective page view is a click "
+               f"with {EFFECTIVE:g} seconds or more. Categories are level-1 codes, counted once per user. What was "
+               "shown does not change a user's life. Relative lifts in percent; 95 % normal intervals from the "
+               "variance over users, pooled over worlds.")
+        yield table_ab(results, rule)
+    yield "## Figure 3: training dynamics"
+    yield "Validation, mean and 95 % band over seeds."
+    yield "![HR@10, hallucination, click reward and admission over steps, per method](evidence/dynamics.png)"
+    if results.knob:
+        yield "## How unevenly can the ranker be trusted?"
+        yield (f"`bait` turns clicks away from utility in half of the contexts. Seeds "
+               f"{', '.join(map(str, results.knob_seeds))}. The oracle gate admits the contexts without bait (at 0, "
+               "everyone). Whiskers: 95 %."
+               + (f" Doses were chosen at bait {', '.join(f'{bait:g}' for bait in results.knob_tuned)}; elsewhere "
+                  f"those of {cfg.bait:g} serve." if "tuned" in results.knob else ""))
+        yield "![gain of AdaGRPO over its controls along bait](evidence/knob.png)"
+        for rule in results.knob:
+            yield f"HR@10, points, {RULES[rule]}:"
+            yield table_knob(results, rule)
