@@ -18,9 +18,14 @@ class Interval(NamedTuple):
 
 
 def over_seeds(values):
-    """Mean over seeds with a 95 % t-interval. Pass differences of two arms on the same seed: then it is paired."""
+    """Mean over seeds with a 95 % t-interval. Pass differences of two arms on the same seed: then it is paired.
+
+    A seed that cannot say (NaN: it has no instance of a stratum) is left out.
+    """
     values = np.asarray(values, float)
-    mean, error = float(values.mean()), float(scipy.stats.sem(values)) if len(values) > 1 else float("nan")
+    values = values[~np.isnan(values)]
+    mean = float(values.mean()) if len(values) else float("nan")
+    error = float(scipy.stats.sem(values)) if len(values) > 1 else float("nan")
     if not error > 0:  # all seeds agree to the bit: t.interval would say NaN; or there is one: NaN is right
         return Interval(mean, mean + error, mean + error)
     return Interval(mean, *map(float, scipy.stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)))

@@ -190,7 +190,7 @@ def binned_differences(results, rule, name, other):
 
 
 def ab_test(results, rule, treatment, control):
-    """{column of VISIT: pooled relative lift in percent}; both arms in one period, users split at random in every world."""
+    """{column of VISIT: pooled relative lift in percent}: both arms in one period, users split at random."""
     found = {}
     for column, key in enumerate(VISIT):
         each = []
@@ -205,29 +205,32 @@ def ab_test(results, rule, treatment, control):
 # == Markdown =========================================================================================================
 
 
-def markdown(rows):
-    """Rows of cells, the first of which is the head; numbers to the right."""
+def markdown(rows, text=1):
+    """Rows of cells, the first of which is the head; `text` columns to the left, numbers to the right."""
     width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    line = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)]
+    line = ["-" * w if i < text else "-" * (w - 1) + ":" for i, w in enumerate(width)]
     cells = [rows[0], line, *rows[1:]]
-    return "\n".join("| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+    return "\n".join("| " + " | ".join(cell.ljust(w) if i < text else cell.rjust(w)
                                        for i, (cell, w) in enumerate(zip(row, width, strict=True))) + " |"
                      for row in cells)
 
 
 def number(x, scale=1, digits=2):
-    return "" if x is None or np.isnan(x) else f"{x * scale:.{digits}f}"
+    return "" if np.isnan(x) else f"{x * scale:.{digits}f}"
+
+
+def mean(values):
+    """Of those that are numbers; NaN if none is."""
+    return over_seeds(values).mean
 
 
 def signed(interval, digits=2):
     """Mean and 95 % interval; bold where the interval does not hold 0."""
-    mean, low, high = interval
-    if np.isnan(mean):
-        return ""
-    if np.isnan(low):
-        return f"{mean:+.{digits}f}"
-    text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    middle, low, high = (f"{round(x, digits) + 0.0:+.{digits}f}" for x in interval)  # + 0.0: no minus zero
+    if np.isnan(interval.low):
+        return "" if np.isnan(interval.mean) else middle
+    text = f"{middle} [{low}, {high}]"
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
 
 
 def table_influence(results, width):
@@ -236,7 +239,7 @@ def table_influence(results, width):
     for stratum, title in STRATA.items():
         for ranker in ("ranker", "random"):
             parts = [unit["influence"][width][ranker][stratum] for unit in results.base]
-            cells = [(number(np.mean([part.get(key, np.nan) for part in parts]), scale, digits))
+            cells = [number(mean([part.get(key, np.nan) for part in parts]), scale, digits)
                      for key, scale, digits in (("llm_rank", 1, 1), ("rm_rank", 1, 1), ("influence", 1, 1),
                                                 ("coverage", 100, 1), ("spearman", 1, 3), ("misled", 100, 1))]
             rows.append([title, "the ranker" if ranker == "ranker" else "random", *cells])
@@ -250,15 +253,14 @@ def table_main(results, rule, checkpoint):
         units = results.units(rule, name)
         gate = ["", ""]
         if name not in ("base", "nll"):
-            shares = [unit["misled"] for unit in units if unit["admitted"] > 0]
-            gate = [number(np.mean([unit["admitted"] for unit in units]), 100, 1),
-                    number(np.mean(shares), 100, 1) if shares else ""]
-        rows.append([title, *(number(results.values(rule, name, key, checkpoint).mean(), scale, digits)
+            gate = [number(mean([unit["admitted"] for unit in units]), 100, 1),
+                    number(mean([unit["misled"] for unit in units if unit["admitted"] > 0]), 100, 1)]
+        rows.append([title, *(number(mean(results.values(rule, name, key, checkpoint)), scale, digits)
                               for key, scale, digits in COLUMNS.values()), *gate])
         if name == "nll" and checkpoint == "final":
             again = [unit["reranked"] for unit in units]
             rows.append(["NLL continued, beams re-ranked by the ranker",
-                         *(number(np.mean([one.get(key, np.nan) for one in again]), scale, digits)
+                         *(number(mean([one.get(key, np.nan) for one in again]), scale, digits)
                            for key, scale, digits in COLUMNS.values()), "", ""])
     return markdown(rows)
 
@@ -280,7 +282,7 @@ def table_contexts(results, rule):
     for name, title in NAMES.items():
         cells = []
         for key in ("hr@10 clean", "hr@10 misled"):
-            cells.append(number(results.values(rule, name, key).mean(), 100))
+            cells.append(number(mean(results.values(rule, name, key)), 100))
             cells.append("" if name == "nll" else signed(more(key, name, "nll")(results, rule)))
         rows.append([title, *cells])
     return markdown(rows)
@@ -308,7 +310,7 @@ def table_ab(results, rule):
 
 
 def table_doses(results):
-    rows = [["method", *(f"{'dose'}: {RULES[rule]}" for rule in results.rules)]]
+    rows = [["method", *(RULES[rule] for rule in results.rules)]]
     for name, title in NAMES.items():
         if name != "base":
             arms = [results.doses[rule][name] for rule in results.rules]
@@ -324,8 +326,8 @@ def table_verdicts(results):
         if claim.any_dose:  # measured once: under the first rule's heading
             intervals = {results.rules[0]: intervals["any"]}
         rows.append([claim.text, claim.paper, f"**{word}**", claim.unit,
-                     *("; ".join(map(signed, intervals.get(rule, ()))) for rule in results.rules)])
-    return markdown(rows)
+                     *("; ".join(filter(None, map(signed, intervals.get(rule, ())))) for rule in results.rules)])
+    return markdown(rows, text=len(rows[0]))
 
 
 # == Figures ==========================================================================================================
@@ -337,8 +339,8 @@ COLOURS = {"nll": "0.35", "grpo": "C4", "grpo+nll": "C1", "adagrpo-d": "C2", "ad
 def band(axes, x, values, name, scale=1):
     """Mean over seeds (seeds, x) and its 95 % interval."""
     spread = [over_seeds(column * scale) for column in np.asarray(values, float).T]
-    mean, low, high = (np.array([getattr(point, end) for point in spread]) for end in Interval._fields)
-    axes.plot(x, mean, label=NAMES[name], color=COLOURS[name], lw=2.4 if name == "adagrpo" else 1.3,
+    middle, low, high = (np.array([getattr(point, end) for point in spread]) for end in Interval._fields)
+    axes.plot(x, middle, label=NAMES[name], color=COLOURS[name], lw=2.4 if name == "adagrpo" else 1.3,
               ls="--" if name == "oracle-gate" else "-")
     axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, lw=0)
 
@@ -357,15 +359,18 @@ def figure_dynamics(results, path):
                     x = [0, *(point["step"] for point in units[0]["curve"])]
                     values = [[base["valid"][key], *(point[key] for point in unit["curve"])]
                               for unit, base in zip(units, results.base, strict=True)]
-                    band(axes, x, values, name, scale)
+                    # Seeds start at different levels, which is not the methods' doing: the band is of the change.
+                    values = np.array(values)
+                    band(axes, x, values - values[:, :1] + values[:, 0].mean(), name, scale)
                 elif name not in ("nll", "grpo", "grpo+nll"):
                     each = [unit["arrays"]["admitted"] for unit in units]
                     share = np.array([one[:, 1] / one[:, 0] for one in each])
                     n = max(1, share.shape[1] // 20)  # one batch admits in steps of 1/B: means of a twentieth
                     share = share[:, : share.shape[1] // n * n].reshape(len(share), -1, n).mean(2)
                     band(axes, n * (np.arange(share.shape[1]) + 1), share, name, scale)
-            axes.set(title=f"{title}, {RULES[rule]}", xlabel="step")
+            axes.set(title=title, xlabel="step")
             axes.grid(alpha=0.3)
+        line[0].set_ylabel(RULES[rule])
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
@@ -400,7 +405,7 @@ def table_knob(results, rule):
     rows = [["bait", *(f"{bait:g}" for bait in results.knob[rule])]]
     rows += [[line, *(signed(interval) for interval in points.values())] for line, points in gains.items()]
     for title, key in (("D&R admits, %", "admitted"), ("of these baited, %", "misled")):
-        rows.append([title, *(number(np.mean([unit[key] for unit in units["adagrpo"]]), 100, 1)
+        rows.append([title, *(number(mean([unit[key] for unit in units["adagrpo"] if unit["admitted"] > 0]), 100, 1)
                               for units in results.knob[rule].values())])
     return markdown(rows)
 
@@ -450,22 +455,22 @@ def page(results, command, root):
            "controls that could refute it: supervision alone, continued; a gate of equal coverage that admits at "
            "random; a random ranker; and, as ceilings, a gate that knows where the log misleads, and the true utility "
            "as a reward.")
-    yield markdown([["setting", ""],
+    yield markdown([["", ""],
                     ["command", f"`{command}`"],
                     ["seeds", f"{', '.join(map(str, seeds))}"
                      + (f"; of these {', '.join(map(str, overlap))} also chose the doses" if overlap else "")],
-                    ["settings", f"defaults of nanoadagrpo.py: {cfg.rl_steps} steps of {cfg.batch_size} prompts, "
+                    ["settings", f"{cfg.rl_steps} steps of {cfg.batch_size} prompts, "
                      f"K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, rho={cfg.rho:g}, bait={cfg.bait:g}, "
                      f"{cfg.rl_prompts} labelled prompts"],
                     ["test", f"{cfg.eval_prompts} prompts a seed, the same for all methods, beams of width "
                      f"{cfg.beam_width}"],
                     ["machine", machine()], ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],
                     ["run time", f"{results.core_minutes:.0f} core minutes, "
-                     f"{results.core_minutes / len(seeds):.1f} a seed"]])
+                     f"{results.core_minutes / len(seeds):.1f} a seed"]], text=2)
     yield ("Intervals in brackets are 95 % t-intervals over seeds of paired differences (same shop, same prompts); "
            "bold where 0 lies outside. HR, NDCG and hallucination are in percent, their differences in points. "
-           "Definitions: [metrics.md](metrics.md). *True utility* is the mean true utility of the first 10 valid beams. No correction is made for the number "
-           "of comparisons.")
+           "Definitions: [metrics.md](metrics.md). *True utility* is the mean over the first 10 valid beams. "
+           "No correction is made for the number of comparisons.")
     yield "## Verdicts"
     yield ("The rule is code (`verdict` in `docs/evidence/arithmetic.py`): a finding is *seen* under a dose rule if "
            "all of its differences, turned so that the claim says \"above 0\", have intervals above 0. *Confirmed*: "
@@ -516,7 +521,7 @@ def page(results, command, root):
                "variance over users, pooled over worlds.")
         yield table_ab(results, rule)
     yield "## Figure 3: training dynamics"
-    yield "Validation, mean and 95 % band over seeds."
+    yield "On validation prompts: mean over seeds, and a 95 % band of the change since the base policy."
     yield "![HR@10, hallucination, click reward and admission over steps, per method](evidence/dynamics.png)"
     if results.knob:
         yield "## How unevenly can the ranker be trusted?"

@@ -47,7 +47,7 @@ BAITS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIZES = {
     "default": (nano.Settings(toy=True, device="cpu", eval_prompts=6000), nano.World(), {"50": 2000, "128": 1000}),
     "small": (nano.Settings(toy=True, device="cpu", eval_prompts=40, sft_steps=20, sft_batch_size=32, sft_lr=1e-2,
-                            rl_steps=4, batch_size=8, group_size=12, rl_prompts=60, beam_width=50, eval_every=2),
+                            rl_steps=2, batch_size=8, group_size=12, rl_prompts=60, beam_width=50, eval_every=1),
               nano.World(codes=6, items=60, users=60, impressions=8), {"50": 40, "128": 20}),
 }
 
