@@ -29,6 +29,7 @@ from measure import DWELL, EFFECTIVE, VISIT
 NAMES = {"base": "Base (SFT only)", "nll": "NLL continued", "grpo": "GRPO", "grpo+nll": "GRPO+NLL",
          "adagrpo-d": "AdaGRPO D", "adagrpo-r": "AdaGRPO R", "adagrpo": "AdaGRPO D&R", "random-gate": "random gate",
          "oracle-gate": "oracle gate", "true-reward": "GRPO+NLL, true utility as reward"}
+RERANKED = "NLL continued, beams re-ranked by the ranker"
 CONTROLS = ("nll", "grpo+nll", "random-gate")
 RULES = {"equal": "equal lambda", "tuned": "lambda chosen on validation"}
 # Column of Table 4 -> (key, scale, digits).
@@ -259,7 +260,7 @@ def table_main(results, rule, checkpoint):
                               for key, scale, digits in COLUMNS.values()), *gate])
         if name == "nll" and checkpoint == "final":
             again = [unit["reranked"] for unit in units]
-            rows.append(["NLL continued, beams re-ranked by the ranker",
+            rows.append([RERANKED,
                          *(number(mean([one.get(key, np.nan) for one in again]), scale, digits)
                            for key, scale, digits in COLUMNS.values()), "", ""])
     return markdown(rows)
@@ -285,6 +286,12 @@ def table_contexts(results, rule):
             cells.append(number(mean(results.values(rule, name, key)), 100))
             cells.append("" if name == "nll" else signed(more(key, name, "nll")(results, rule)))
         rows.append([title, *cells])
+        if name == "nll":
+            cells = []
+            for key in ("hr@10 clean", "hr@10 misled"):
+                again = 100 * np.array([unit["reranked"][key] for unit in results.units(rule, name)])
+                cells += [number(mean(again)), signed(over_seeds(again - 100 * results.values(rule, name, key)))]
+            rows.append([RERANKED, *cells])
     return markdown(rows)
 
 
