@@ -372,8 +372,8 @@ class World:
     taste: float = 3.5  # standard deviation of what a user likes, over items
     quality: float = 2.0  # of what everyone likes; drawn anew between the SFT period and the RL week
     popularity: float = 0.5  # weight of log popularity in choice; of one in exposure
-    click_at: float = 10.0  # utility at which a shown item is clicked every other time
-    order_at: float = 8.0  # and a clicked one ordered
+    click_at: float = 6.0  # utility at which a shown item is clicked every other time
+    order_at: float = 2.0  # and how reluctantly a clicked one is ordered
     bait_pull: float = 4.0  # strength of the bait in clicks, where it works
     impressions: int = 64  # per user and step of the RL week
     history: int = 6  # items in a prompt
@@ -401,6 +401,7 @@ def toy_world(cfg, world=World()):
              + 0.3**0.5 * g.standard_normal((nodes, w.dims))[node] + 0.2**0.5 * g.standard_normal((N, w.dims)))
     popularity = -np.log(1 + g.permutation(w.codes))[level1] - np.log(1 + g.permutation(N))  # Zipf, twice
     quality_then, quality, noise = w.quality * g.standard_normal((3, N))
+    handy = g.standard_normal(N)  # what turns a click into an order: price, delivery; nothing to do with the rest
     # What draws clicks where bait works: an attribute that good items lack. Nobody chooses by it.
     bait = w.bait_pull * (-0.9 * quality + 0.19**0.5 * noise) / w.quality
     baited = np.isin(np.arange(w.codes), g.permutation(w.codes)[: w.codes // 2])  # by level 1 of the last item
@@ -434,7 +435,7 @@ def toy_world(cfg, world=World()):
             utility = np.take_along_axis(taste, item, 1) + quality[item] + context[last[:, None], item]
             share = cfg.bait * baited[level1[last]][:, None]
             click = g.random(item.shape) < sigmoid((1 - share) * utility + share * bait[item] - w.click_at)
-            order = click & (g.random(item.shape) < sigmoid(utility - w.order_at))
+            order = click & (g.random(item.shape) < sigmoid(handy[item] - w.order_at))
             logs.append((life[:, t - w.history : t].copy(), item, click, order))
         life[:, t] = draw(rng["life"], (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
 
