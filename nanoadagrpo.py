@@ -147,7 +147,7 @@ def stream(seed, purpose, device="cpu"):
 
 
 class Learner:
-    """AdamW, a linear decay to nothing, gradients clipped to norm 1."""
+    """AdamW, a linear decay to 2 %, gradients clipped to norm 1."""
 
     def __init__(self, module, lr, steps):
         self.parameters = list(module.parameters())
@@ -858,6 +858,8 @@ def run(cfg):
     """Everything, from the data to the report; returns {method: metrics}."""
     began = time.time()
     disable_progress_bar()  # of saving; ours stay
+    # With several threads, sums into the same place (the gradient of an index) would come in any order otherwise.
+    torch.use_deterministic_algorithms(cfg.device == "cpu", warn_only=True)
     out = new_folder(cfg)
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     try:
