@@ -449,7 +449,15 @@ def write_page(results, path, command, root):
     figure_dynamics(results, figures / "dynamics.png")
     if results.knob:
         figure_knob(results, figures / "knob.png")
-    path.write_text("\n\n".join(page(results, command, root)) + "\n", encoding="utf-8")
+    path.write_text(placed("\n\n".join(page(results, command, root)) + "\n", path), encoding="utf-8")
+
+
+def placed(text, path):
+    """The text of the page, or of a page that has a place for it and keeps what stands around it."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, start, rest = old.partition("<!-- toy: this part is written by docs/evidence/run.py -->\n")
+    _, end, after = rest.partition("<!-- /toy -->")
+    return before + start + text + end + after if start and end else text
 
 
 def page(results, command, root):

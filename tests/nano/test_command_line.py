@@ -85,7 +85,8 @@ def check_log(rows, methods, sft_steps, rl_steps):
 def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path):
     options = "--toy --sft-steps 5 --rl-steps 3 --eval-prompts 50 --device cpu --out results/first"
     command = [sys.executable, nano.__file__, *options.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    two_threads = {**os.environ, "OMP_NUM_THREADS": "2"}  # whose sums must not depend on who comes first
+    done = subprocess.run(command, cwd=tmp_path, env=two_threads, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "results" / "first"
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
@@ -104,6 +105,11 @@ def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path
         header, _, *rows = cells(text)
         assert [row[0] for row in rows] == ["base", "adagrpo"]
         assert header == ["method", *nano.COLUMNS]
+
+    command[-1] = "results/again"
+    subprocess.run(command, cwd=tmp_path, env=two_threads, check=True, capture_output=True)
+    for file in ("metrics.jsonl", "policy/model.safetensors"):
+        assert (out / file).read_bytes() == (out.parent / "again" / file).read_bytes()
 
     model = AutoModelForCausalLM.from_pretrained(out / "policy")
     logits = model(torch.arange(12)[None]).logits
