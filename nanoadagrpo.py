@@ -120,6 +120,8 @@ class Settings:
                            + f"Choose from {', '.join(METHODS)}, all")
         if self.batch_size == 1 and self.method != "nll":
             raise BadInput("--batch-size 1: negatives come from the other prompts of a batch; use 2 or more")
+        if self.group_size == 1 and self.method != "nll":
+            raise BadInput("--group-size 1: a rollout is judged by the others of its group; use 3 or more")
         # The core knows which tau, rho, epsilon, K and M cannot work; ask it now instead of after the supervised steps.
         B, K, M = self.batch_size, self.group_size, self.negatives
         try:
@@ -323,7 +325,10 @@ def read_csv(path):
         reader = csv.DictReader(file)
         for column in ("history_item_sid", "item_sid"):
             if column not in (reader.fieldnames or ()):
-                close = difflib.get_close_matches(column, reader.fieldnames or (), 1)
+                known = {"user_id", "item_id", "item_sid", "item_title"}
+                known |= {f"history_{name}" for name in known}
+                others = [name for name in reader.fieldnames or () if name not in known]
+                close = difflib.get_close_matches(column, others, 1)
                 raise BadInput(f"{path}, line 1: no column {column}" + (f"; rename {close[0]}?" if close else
                                f" among {reader.fieldnames}" if reader.fieldnames else ": the file is empty"))
         for row in reader:
