@@ -51,7 +51,7 @@ def data(path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--group-size 1", ["--group-size 1", "use 3 or more", "sample more rollouts"]),
+        ("--group-size 1", ["--group-size 1", "group", "use 3 or more"]),
         ("--tau 0.01", ["--tau 0.01", "raise tau", "K >= 100"]),
         ("--tau 1.5", ["--tau 1.5", "strictly between 0 and 1"]),
         ("--rho 0", ["--rho 0", "strictly between 0 and 1"]),
