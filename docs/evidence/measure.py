@@ -216,9 +216,13 @@ def judge(setup, prompts):
     first = (item >= 0) & (np.cumsum(item >= 0, 1) <= 10)
     utility = setup.truth.utility(prompts, item)
     metrics["utility@10"] = float(np.mean((utility * first).sum(1)[first.any(1)] / first.sum(1)[first.any(1)]))
-    for name, part in (("clean", ~misled), ("misled", misled)):
-        metrics[f"hr@10 {name}"] = float(np.mean(rank[part] <= 10)) if part.any() else float("nan")
-    return metrics, {"rank": np.minimum(rank, 10**6).astype(np.int32), "item": item}
+    return metrics | by_context(rank, misled), {"rank": np.minimum(rank, 10**6).astype(np.int32), "item": item}
+
+
+def by_context(rank, misled):
+    """HR@10 where clicks tell the truth and where they follow the bait; NaN where there is no such prompt."""
+    return {f"hr@10 {name}": float(np.mean(rank[part] <= 10)) if part.any() else float("nan")
+            for name, part in (("clean", ~misled), ("misled", misled))}
 
 
 def reranked(setup, item):
@@ -228,9 +232,7 @@ def reranked(setup, item):
     hit = np.take_along_axis(item, order, 1) == setup.test.target.numpy()[:, None]
     rank = np.where(hit.any(1), hit.argmax(1) + 1, 10**6)
     metrics = {f"hr@{k}": float(np.mean(rank <= k)) for k in (1, 10, 50)}
-    misled = setup.truth.misled(setup.test)
-    for name, part in (("clean", ~misled), ("misled", misled)):
-        metrics[f"hr@10 {name}"] = float(np.mean(rank[part] <= 10)) if part.any() else float("nan")
+    metrics |= by_context(rank, setup.truth.misled(setup.test))
     return metrics | {"ndcg@10": float(np.mean(np.where(rank <= 10, 1 / np.log2(1.0 + rank), 0.0)))}
 
 
