@@ -9,6 +9,7 @@ gradient is added only for a sample that the policy finds difficult (D) and whos
     python nanoadagrpo.py --toy                       # a made-up shop, one method, under a minute on a laptop
     python nanoadagrpo.py --toy --method all          # every method from the same start, side by side
     python nanoadagrpo.py --data DIR                  # your data: MiniOneRec's layout or JSONL (docs/data.md)
+    python nanoadagrpo.py --data DIR --model MODEL    # from a Hugging Face model on; resuming, GPUs: docs/models.md
 
 The mathematics is imported from `adagrpo_core`; nothing of it is written twice. Reading order: 1 settings,
 2 catalogue and data, 3 the toy world, 4 the ranker, 5 the policy and its tree of tokens, 6 the step, 7 evaluation,
@@ -16,12 +17,14 @@ The mathematics is imported from `adagrpo_core`; nothing of it is written twice.
 
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: here a toy world, or public data, stand in.
- 2. K, M, lambda, epsilon and the learning rate are not given: the defaults are ours, chosen on seeds 0-9 of the toy.
+ 2. lambda, epsilon and the learning rate are not given, K and M not legible in the text we had: the defaults are ours,
+    chosen on seeds 0-9 of the toy.
  3. Rollouts are sampled from the policy being trained, one update per rollout, so the ratio of eq. 4 starts at 1.
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
  4. The softmax runs over the catalogue's SID tokens only, all levels together: in training, sampling and evaluation.
     A token of the wrong level, or a combination that no item has, is a hallucination. Nothing is constrained.
- 5. A hallucination cannot be scored by the ranker. It gets a fixed reward, `--floor`.
+ 5. A hallucination cannot be scored by the ranker. It gets a fixed reward, `--floor`. A negative that is none gets it
+    too, and so counts as suppressed without asking the ranker anything.
  6. Rollouts that repeat each other or the truth stay in the pools, and ties share the better rank.
  7. HR counts places among the valid beams only, as a server would, having dropped the others. ClkRwd@k and OrdRwd@k
     are the best score within the first k, since the paper's values grow with k as a mean would not.
@@ -35,14 +38,17 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import csv
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
 import sys
 import time
 import zlib
@@ -53,10 +59,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import adagrpo_core as core
@@ -77,23 +95,31 @@ def option(default, help):
 class Settings:
     toy: bool = option(False, "train in a made-up shop: no data needed")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
-    method: str = option("adagrpo", "one of the methods below, or all")
+    model: str = option("", "causal language model to start from, hub name or folder (default: a tiny new one)")
+    method: str = option("adagrpo", "one of the methods above, or all")
     seed: int = option(0, "decides everything random; equal seeds give equal numbers on a CPU")
     out: str = option("", "folder for the results, must not exist yet (default: a new one under runs/)")
+    resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
+    save_every: int = option(100, "steps between two checkpoints; 0 makes none")
+    log_to: str = option("", "tensorboard, wandb or trackio, beside metrics.jsonl")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
+    dtype: str = option("auto", "of products: float32, bfloat16, or auto: bfloat16 for --model on a GPU that has it")
     sft_steps: int = option(400, "supervised steps that make the base policy")
     sft_batch_size: int = option(128, "prompts per supervised step")
-    sft_lr: float = option(3e-3, "peak learning rate of the supervised steps")
+    sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
     rl_steps: int = option(200, "steps of --method, each on a fresh batch of rollouts")
-    batch_size: int = option(32, "B, prompts per step of --method")
+    batch_size: int = option(32, "B, prompts per step of --method, of all processes together")
+    micro_batch_size: int = option(0, "prompts that one process runs at once; saves memory, changes no loss; 0: all")
     group_size: int = option(32, "K, rollouts per prompt")
-    negatives: int = option(1, "M, rollouts of other prompts that the ranker must put at the bottom")
+    reward: str = option("", "package.module:function to use as reward instead of the ranker (docs/models.md)")
+    negatives: int = option(1, "M, negatives per prompt that the ranker must put at the bottom")
+    negatives_from: str = option("rollouts", "rollouts (of other prompts), catalogue, or package.module:function")
     lam: float = option(6.0, "lambda, weight of the admitted GRPO term beside the NLL")
     tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it (by reward) prominent")
     rho: float = option(0.1, "bottom fraction of K in which the ranker must put every negative")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     updates: int = option(1, "optimizer steps per batch of rollouts")
-    lr: float = option(3e-4, "peak learning rate of --method")
+    lr: float = option(3e-4, "peak learning rate of --method; for --model rather 3e-5")
     grpo_lr: float = option(5e-5, "the same for pure GRPO, which no NLL holds")
     floor: float = option(0.0, "reward of a rollout that is no item; the ranker's rewards lie in 0..2")
     rl_prompts: int = option(300, "labelled prompts for --method; 0 takes all there are")
@@ -102,10 +128,11 @@ class Settings:
     beam_width: int = option(50, "W, beams per prompt in evaluation")
     eval_prompts: int = option(4000, "test prompts at the end; a quarter as many validation prompts along the way")
     eval_every: int = option(50, "steps between two points of the training curve")
+    eval_batch_size: int = option(250, "prompts that are evaluated at once")
 
     def __post_init__(self):
         at_least_1 = {"sft_steps", "sft_batch_size", "rl_steps", "batch_size", "updates", "max_history", "beam_width",
-                      "eval_prompts", "eval_every"}
+                      "eval_prompts", "eval_every", "eval_batch_size"}
         for field in dataclasses.fields(self):
             value, low = getattr(self, field.name), 1 if field.name in at_least_1 else 0
             if type(field.default) in (int, float) and field.name != "floor" and not low <= value < float("inf"):
@@ -114,11 +141,13 @@ class Settings:
             raise BadInput(f"--seed {self.seed}: too large; use a number below 2**63")
         if not (self.bait <= 1 and abs(self.floor) < float("inf")):
             raise BadInput(f"--bait {self.bait} --floor {self.floor}: bait lies between 0 and 1, floor is finite")
-        if self.method != "all" and self.method not in METHODS:
-            hint = difflib.get_close_matches(self.method, METHODS, 1)
-            raise BadInput(f"--method {self.method}: " + (f"did you mean {hint[0]}? " if hint else "")
-                           + f"Choose from {', '.join(METHODS)}, all")
-        if self.batch_size == 1 and self.method != "nll":
+        for name, known in {"method": [*METHODS, "all"], "dtype": ["auto", "float32", "bfloat16"],
+                            "log_to": ["", "tensorboard", "wandb", "trackio"]}.items():
+            if (value := getattr(self, name)) not in known:
+                hint = difflib.get_close_matches(value, known, 1)
+                raise BadInput(f"--{dashed(name)} {value}: " + (f"did you mean {hint[0]}? " if hint else "")
+                               + f"Choose from {', '.join(filter(None, known))}")
+        if self.batch_size == 1 and self.method != "nll" and self.negatives_from == "rollouts":
             raise BadInput("--batch-size 1: negatives come from the other prompts of a batch; use 2 or more")
         if self.group_size == 1 and self.method != "nll":
             raise BadInput("--group-size 1: a rollout is judged by the others of its group; use 3 or more")
@@ -128,7 +157,8 @@ class Settings:
             if self.method != "nll":
                 core.group_advantages(np.zeros((1, K)))
                 core.reliability(np.zeros(1), np.zeros((1, K)), np.zeros((1, M)), tau=self.tau, rho=self.rho)
-                core.in_batch_negatives(np.zeros((B, B * K)), k=K, m=M)
+                if self.negatives_from == "rollouts":
+                    core.in_batch_negatives(np.zeros((B, B * K)), k=K, m=M)
                 core.grpo_loss(np.zeros((1, 1, 1)), np.zeros((1, 1, 1)), np.zeros((1, 1)), epsilon=self.epsilon)
         except ValueError as error:
             raise BadInput(f"--tau {self.tau:g} --rho {self.rho:g} --epsilon {self.epsilon:g} --group-size {K} "
@@ -143,27 +173,34 @@ def dashed(name):
     return name.replace("_", "-")
 
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def stream(seed, purpose, device="cpu"):
     """A generator of its own for each purpose: drawing more in one place changes nothing anywhere else."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
 class Learner:
-    """AdamW, a linear decay to 2 %, gradients clipped to norm 1."""
+    """AdamW, a linear decay to 2 %, gradients clipped to norm 1; `shared` adds up the gradients of all processes."""
 
-    def __init__(self, module, lr, steps):
-        self.parameters = list(module.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01)
+    def __init__(self, module, lr, steps, shared=True):
+        self.parameters, self.shared = list(module.parameters()), shared and dist.is_initialized()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.02, max(1, steps))
 
-    def update(self, loss):
-        """One step down `loss`; returns the gradient's norm before clipping and the learning rate of this step."""
+    def step(self):
+        """One step down what was run backward; returns the gradient's norm before clipping and the learning rate."""
         lr = self.schedule.get_last_lr()[0]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if self.shared:
+            for parameter in self.parameters:  # every process needs the same ones, used in its share or not
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm, lr
 
 
@@ -175,7 +212,44 @@ def batches(n, size, steps, generator):
 
 
 def progress(steps, name, total=None):
-    return tqdm(steps, name, total, leave=False, mininterval=0.5, dynamic_ncols=True, disable=None)
+    return tqdm(steps, name, total, leave=False, mininterval=0.5, dynamic_ncols=True, disable=rank() > 0 or None)
+
+
+# Several processes (torchrun) all draw the numbers of the whole batch and keep their own rows. What they then gather is
+# the batch that one process would have: gate, negatives and metrics are of all of it. Only the first one writes.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shares(B, size):
+    """Slices of the batch's B rows that this process runs, `size` rows at a time; size 0: all its rows at once."""
+    mine = B // (dist.get_world_size() if dist.is_initialized() else 1)
+    start, stop, size = rank() * mine, (rank() + 1) * mine, size or mine
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def gather(pieces):
+    """The rows of this process, in pieces -> those of the whole batch."""
+    mine = torch.cat(pieces)
+    if not dist.is_initialized():
+        return mine
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine.contiguous())
+    return torch.cat(everyone)
+
+
+def plugin(flag, name):
+    """package.module:function -> the function; modules in the current folder are found too."""
+    module, _, function = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"--{flag} {name}: {error}; expected package.module:function, as Python imports it") from None
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 # == 2. The catalogue and the data ====================================================================================
@@ -193,25 +267,28 @@ class Catalogue:
         tokens = np.array([[number[level][code] for level, code in enumerate(sid)] for sid in sids])
         self.N, self.S = len(sids), int(starts[-1])
         self.row = {sid: i for i, sid in enumerate(sids)}
-        # Validity is a table to look up, not a Python set: node (a prefix) x token -> node; unknown ways end in `dead`.
-        node, nodes, ways = np.zeros(self.N, int), 1, []
+        # How a language model spells the S tokens: as MiniOneRec does, so that a model of theirs finds its own words.
+        codes = [str(code) for level in vocabulary for code in level]
+        spelt = [f"<{chr(97 + level)}_{code}>" for level, codes in enumerate(vocabulary) for code in codes]
+        self.words = codes if len({c for c in codes if re.fullmatch(r"<\S+>", c)}) == self.S else spelt
+        # Validity is looked up in sorted arrays, not in Python sets: per level, the pairs of node (a prefix) and token
+        # that lead on. The next node is a pair's place. 8 bytes per prefix; a dense table would take 8 S.
+        node, self.ways = np.zeros(self.N, int), []
         for level in range(self.L):
-            child = nodes + np.unique(tokens[:, : level + 1], axis=0, return_inverse=True)[1].ravel()
-            ways.append((node, tokens[:, level], child))
-            node, nodes = child, int(child.max()) + 1
-        dead = nodes
-        table, item_at = np.full((nodes + 1, self.S), dead), np.full(nodes + 1, -1)
-        for parent, token, child in ways:
-            table[parent, token] = child
+            ways, node = np.unique(node * self.S + tokens[:, level], return_inverse=True)
+            self.ways.append(torch.as_tensor(ways, device=device))
+        item_at = np.zeros(len(ways), int)
         item_at[node] = np.arange(self.N)
-        self.tokens, self.table, self.item_at = (torch.as_tensor(x, device=device) for x in (tokens, table, item_at))
+        self.tokens, self.item_at = (torch.as_tensor(x, device=device) for x in (tokens, item_at))
 
     def item(self, tokens):
         """(..., L) SID tokens -> (...) item, -1 where no item has that Semantic ID."""
         node = torch.zeros_like(tokens[..., 0])
-        for level in range(self.L):
-            node = self.table[node, tokens[..., level]]
-        return self.item_at[node]
+        for level, ways in enumerate(self.ways):
+            way = node * self.S + tokens[..., level]
+            place = torch.searchsorted(ways, way).clamp(max=len(ways) - 1)
+            node = torch.where(ways[place] == way, place, -1)  # a pair of no node is none
+        return torch.where(node >= 0, self.item_at[node], -1)
 
 
 class Prompts(NamedTuple):
@@ -364,6 +441,7 @@ def read_jsonl(path):
 
 
 # == 3. The toy world: a shop whose click log misleads in some places =================================================
+# Not the method: skip it at first reading. docs/toy.md gives a reason for every constant.
 
 
 @dataclass(frozen=True)
@@ -481,14 +559,14 @@ class Ranker(nn.Module):
 
     def forward(self, history, item):
         """(B, H) history, (B, n) items -> (B, n, heads) logits."""
-        table = self.item.weight + self.code(self.tokens).sum(1)  # an item is itself plus its Semantic ID
+        items = self.item.weight + self.code(self.tokens).sum(1)  # an item is itself plus its Semantic ID
         known = (history >= 0).unsqueeze(-1)
-        past = table[history.clamp(min=0)] * known
+        past = items[history.clamp(min=0)] * known
         user = self.user(torch.cat([past.sum(1) / known.sum(1).clamp(min=1), past[:, -1]], -1))
-        it = table[item.clamp(min=0)]  # (B, n, width)
-        last = past[:, -1:].expand_as(it)
-        affinity = torch.einsum("bhw,bnw->bnh", user.view(len(user), self.heads, -1), it)
-        return affinity + self.pair(torch.cat([it, last, it * last], -1))
+        candidate = items[item.clamp(min=0)]  # (B, n, width)
+        last = past[:, -1:].expand_as(candidate)
+        affinity = torch.einsum("bhw,bnw->bnh", user.view(len(user), self.heads, -1), candidate)
+        return affinity + self.pair(torch.cat([candidate, last, candidate * last], -1))
 
     @torch.no_grad()
     def probabilities(self, history, item):
@@ -501,13 +579,14 @@ def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
     torch.manual_seed(cfg.seed)
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
     contexts = batches(len(log.item), batch, max(1, epochs * len(log.item) // batch), stream(cfg.seed, "ranker"))
-    learner = Learner(ranker, lr, len(contexts))
+    learner = Learner(ranker, lr, len(contexts), shared=False)  # every process trains the whole of it
     for rows in progress(contexts.to(cfg.device), "ranker"):
         logit, click = ranker(log.history[rows], log.item[rows]), log.click[rows].float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click)
         if log.order is not None:  # an order is seen only where there was a click
             loss = loss + F.binary_cross_entropy_with_logits(logit[..., 1], log.order[rows].float(), weight=click)
-        learner.update(loss)
+        loss.backward()
+        learner.step()
     return ranker.eval().requires_grad_(False)
 
 
@@ -524,10 +603,47 @@ def make_reward(ranker, cfg):
     return reward
 
 
+def own_reward(cfg):
+    """The same from --reward: function(history, item) -> (B, n) scores, or {name: scores}, whose sum is the reward."""
+    function = plugin("reward", cfg.reward)
+
+    def reward(history, item):
+        found = function(history, item)
+        named = found if isinstance(found, dict) else {"": found}
+        for name, scores in named.items():
+            if tuple(np.shape(scores)) != tuple(item.shape):
+                raise BadInput(f"--reward {cfg.reward}: {name or 'it'} has shape {tuple(np.shape(scores))}; expected "
+                               f"{tuple(item.shape)}, a score for each candidate")
+        return {name: torch.where(item >= 0, torch.as_tensor(scores, dtype=torch.float32, device=item.device),
+                                  cfg.floor / len(named)) for name, scores in named.items()}
+
+    return reward
+
+
+def ask(reward, history, item, mine):
+    """Scores (B, n) of the whole batch, of which each process asks for its own rows; and by name, where there are."""
+    with torch.no_grad():
+        scores = reward(history[mine], item[mine])
+    named = {name: gather([x]) for name, x in (scores.items() if isinstance(scores, dict) else [("", scores)])}
+    return sum(named.values()), {f"reward/{name}": x.mean() for name, x in named.items() if name}
+
+
+def own_negatives(catalogue, cfg):
+    """None, where they are rollouts of other prompts; else (history, target, M, generator) -> (B, M) items."""
+
+    def uniform(history, target, m, generator):
+        item = torch.randint(catalogue.N - 1, (len(target), m), generator=generator, device=target.device)
+        return item + (item >= target.unsqueeze(1))  # any but the truth
+
+    names = {"rollouts": None, "catalogue": uniform}
+    known = cfg.negatives_from in names
+    return names[cfg.negatives_from] if known else plugin("negatives-from", cfg.negatives_from)
+
+
 # == 5. The policy, and the tree of tokens ============================================================================
 
 
-class Prompt(NamedTuple):
+class Trunk(NamedTuple):
     """Prompts that were read once; every tree below grows on them."""
 
     cache: list  # per layer, keys and values (B, heads, T, width)
@@ -535,49 +651,77 @@ class Prompt(NamedTuple):
     logp: torch.Tensor  # (B, 1, S) log-probabilities of the first SID token
 
     def rows(self, index):
-        return Prompt([(k[index], v[index]) for k, v in self.cache], self.visible[index], self.logp[index])
+        return Trunk([(k[index], v[index]) for k, v in self.cache], self.visible[index], self.logp[index])
 
 
 class Policy:
     """A Hugging Face causal language model that speaks Semantic IDs."""
 
-    def __init__(self, model, catalogue, cfg):
+    def __init__(self, model, catalogue, cfg, tokenizer=None):
         self.model = model.to(cfg.device).eval()  # eval also in training: dropout would make two passes disagree
-        self.catalogue = catalogue
-        self.vocabulary = torch.arange(catalogue.S, device=cfg.device)  # the model's token of each SID token
-        self.ask = torch.tensor([catalogue.S], device=cfg.device)  # ends every prompt: what comes next?
+        # Not the model's: a temperature or a length of its own would follow the policy to whoever generates with it.
+        self.model.generation_config = GenerationConfig()
+        self.catalogue, self.tokenizer = catalogue, tokenizer
+        S, words = catalogue.S, [*catalogue.words, ASK]
+        ids = torch.tensor(tokenizer.convert_tokens_to_ids(words) if tokenizer else range(S + 1), device=cfg.device)
+        self.vocabulary = ids[:S]  # the model's token of each SID token
+        self.ask = ids[S:]  # ends every prompt: what comes next?
+        start = getattr(tokenizer, "bos_token_id", None)  # begins it, in models that are used to that
+        self.start = torch.tensor([] if start is None else [start], dtype=torch.long, device=cfg.device)
+        able = cfg.model and cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+        self.half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(able))
+
+    def precision(self):
+        """Products in bfloat16 where that is wanted. Weights stay float32: small steps would round to none in less."""
+        return torch.autocast(self.ask.device.type, torch.bfloat16, enabled=self.half)
+
+    def save(self, folder):
+        self.model.save_pretrained(folder)
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(folder)
 
     def run(self, ids, visible, positions, cache=None):
         """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache."""
         model = self.model
         # An additive mask, since some attention implementations add a boolean one; and finite (in float32 too, where
         # the softmax may run), since a padding row that sees nothing would otherwise be NaN.
-        blocked = max(torch.finfo(model.dtype).min, torch.finfo(torch.float32).min)
-        mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
+        dtype = torch.bfloat16 if self.half else model.dtype
+        blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         mask = mask.masked_fill(~visible, blocked).unsqueeze(1)
         cache = DynamicCache(cache)  # wraps, copies nothing: a prompt can be grown upon many times
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                  use_cache=True).last_hidden_state
+        with self.precision():
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                      use_cache=True).last_hidden_state
         return hidden, [(layer.keys, layer.values) for layer in cache.layers]
 
     def logp(self, hidden):
         """Over the SID tokens alone; the other rows of the head are never computed."""
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias[self.vocabulary]
-        return F.linear(hidden, head.weight[self.vocabulary], bias).float().log_softmax(-1)
+        with self.precision():
+            logits = F.linear(hidden, head.weight[self.vocabulary], bias).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2
+        return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
 
-    def read(self, history):
-        """(B, H) histories -> Prompt. Runs the language model over the prompt, which nothing below does again."""
+    def read(self, history, after=None):
+        """(B, H) histories -> Trunk. Runs the language model over the prompt, which nothing below does again.
+
+        With SID tokens `after` it (B, l), over these too: T is longer by l, and logp is that of l + 1 next tokens.
+        """
         history = history[:, (history >= 0).any(0)]
         B = len(history)
         ids = self.vocabulary[self.catalogue.tokens[history.clamp(min=0)]].flatten(1)
-        ids = torch.cat([ids, self.ask.expand(B, 1)], 1)  # (B, T)
+        ids = torch.cat([self.start.expand(B, -1), ids, self.ask.expand(B, 1)], 1)  # (B, T)
         visible = (history >= 0).repeat_interleave(self.catalogue.L, dim=1)
-        visible = torch.cat([visible, visible.new_ones(B, 1)], 1)  # (B, T)
+        visible = torch.cat([visible.new_ones(B, len(self.start)), visible, visible.new_ones(B, 1)], 1)  # (B, T)
+        T = ids.shape[1]
+        if after is not None:
+            ids, visible = torch.cat([ids, self.vocabulary[after]], 1), F.pad(visible, (0, after.shape[1]), value=True)
         causal = visible.new_ones(ids.shape[1], ids.shape[1]).tril()
         positions = (visible.cumsum(1) - 1).clamp(min=0)
         hidden, cache = self.run(ids, visible.unsqueeze(1) & causal, positions)
-        return Prompt(cache, visible, self.logp(hidden[:, -1:]))
+        return Trunk(cache, visible, self.logp(hidden[:, T - 1 :]))
 
 
 def grow(policy, prompt, pick):
@@ -590,18 +734,19 @@ def grow(policy, prompt, pick):
     The n branches of a level are run as one sequence of n tokens, under a mask by which each sees the prompt, its
     ancestors and itself. So the prompt is never repeated, and nothing is reordered when a beam changes its parent.
     """
-    logp, cache, visible = prompt.logp, prompt.cache, prompt.visible  # (B, 1, S): the only branch is the prompt
+    logp = prompt.logp  # (B, 1, S): the only branch is the prompt
+    cache, visible = prompt.cache, prompt.visible
     B, T = visible.shape
     tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
     sees = visible.new_zeros(B, 1, 0)  # which of the tree's tokens each branch descends from
     for level in range(policy.catalogue.L):
         if level:
-            new = tokens.shape[1]
-            sees = torch.cat([sees, torch.eye(new, dtype=bool, device=sees.device).expand(B, new, new)], -1)
+            m = tokens.shape[1]  # branches so far; the last token of each is run now
+            sees = torch.cat([sees, torch.eye(m, dtype=bool, device=sees.device).expand(B, m, m)], -1)
             hidden, cache = policy.run(
                 policy.vocabulary[tokens[..., -1]],
-                torch.cat([visible.unsqueeze(1).expand(B, new, T), sees], -1),
-                (visible.sum(1, keepdim=True) + level - 1).expand(B, new),
+                torch.cat([visible.unsqueeze(1).expand(B, m, T), sees], -1),
+                (visible.sum(1, keepdim=True) + level - 1).expand(B, m),
                 cache,
             )
             logp = policy.logp(hidden)
@@ -618,6 +763,27 @@ def inherit(x, parent):
     return x.gather(1, parent.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def score(policy, prompt, tokens):
+    """How likely these Semantic IDs (B, n, L) are: (B, n, L) log-probabilities, which carry gradient.
+
+    What `grow` would say of them, but known tokens need not wait for each other: all levels are run as one sequence.
+    """
+    B, n, L = tokens.shape
+    first = prompt.logp[:, 0].gather(1, tokens[..., 0]).unsqueeze(-1)  # (B, n, 1)
+    if L == 1:
+        return first
+    visible, depth = prompt.visible, L - 1  # the last token predicts nothing
+    sees = torch.block_diag(*[visible.new_ones(depth, depth).tril()] * n)  # ancestors and itself
+    hidden, _ = policy.run(
+        policy.vocabulary[tokens[..., :-1]].flatten(1),  # (B, n * depth), branch after branch
+        torch.cat([visible.unsqueeze(1).expand(B, n * depth, -1), sees.expand(B, -1, -1)], -1),
+        visible.sum(1, keepdim=True) + torch.arange(depth, device=visible.device).repeat(n),
+        prompt.cache,
+    )
+    others = policy.logp(hidden).view(B, n, depth, -1).gather(-1, tokens[..., 1:].unsqueeze(-1))[..., 0]
+    return torch.cat([first, others], -1)
+
+
 def own_branch(logp, n):
     """Each of n branches continues itself; at the first level all continue the prompt."""
     return torch.arange(n, device=logp.device).clamp(max=logp.shape[1] - 1).expand(len(logp), n)
@@ -628,12 +794,15 @@ def given(tokens):
     return lambda level, logp, score: (own_branch(logp, tokens.shape[1]), tokens[..., level])
 
 
-def sample(n, generator):
-    """n independent draws. Exponential race: the arg max of log p - log E is distributed as p."""
+def sample(n, generator, rows=slice(None), B=None):
+    """n independent draws. Exponential race: the arg max of log p - log E is distributed as p.
+
+    A micro-batch draws for all B prompts of its batch and keeps its own `rows`: it gets what it would get among them.
+    """
 
     def pick(level, logp, score):
-        race = torch.empty(len(logp), n, logp.shape[-1], device=logp.device).exponential_(generator=generator)
-        return own_branch(logp, n), (logp.float() - race.log()).argmax(-1)
+        race = torch.empty(B or len(logp), n, logp.shape[-1], device=logp.device).exponential_(generator=generator)
+        return own_branch(logp, n), (logp.float() - race[rows].log()).argmax(-1)
 
     return pick
 
@@ -649,27 +818,131 @@ def beam(width):
     return pick
 
 
+ASK = "<next>"  # the word that ends a prompt
+
+
 def tiny_policy(catalogue, cfg, width=64, layers=2):
     """A small Llama from scratch, whose vocabulary is the SID tokens, the question mark and padding."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+    learn_words(tokenizer, [*catalogue.words, ASK, "<pad>"])
     torch.manual_seed(cfg.seed)
     config = LlamaConfig(
         vocab_size=catalogue.S + 2, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, max_position_embeddings=(cfg.max_history + 1) * catalogue.L + 1,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=catalogue.S + 1)
-    return Policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), catalogue, cfg)
+    return Policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), catalogue, cfg, tokenizer)
 
 
-def train_sft(policy, prompts, cfg, log):
+def learn_words(tokenizer, words):
+    """Each word becomes one token; returns those that were unknown."""
+    known = tokenizer.get_vocab()
+    new = [word for word in words if word not in known]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in new])
+    return new
+
+
+def pretrained_policy(source, catalogue, cfg):
+    """Any decoder-only causal language model, of the hub or a folder, with the words that it lacks for Semantic IDs."""
+    T = (cfg.max_history + 1) * catalogue.L + 1  # start, history, question and the item but for its last token
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+        layers, window = set(getattr(config, "layer_types", None) or ["?"]), getattr(config, "sliding_window", None)
+        context = getattr(config, "max_position_embeddings", None) or T
+        odd = layers - {"?", "full_attention", "sliding_attention"}
+        for reason, holds in {
+            "an encoder-decoder": config.is_encoder_decoder,
+            "no attention (a state-space or recurrent model)": not hasattr(config, "num_attention_heads"),
+            f"layers of {', '.join(sorted(odd))}, not of attention alone": odd,
+            f"a sliding window of {window} tokens": window and window < T and layers & {"?", "sliding_attention"},
+            f"a context of {context} tokens": context < T,
+        }.items():
+            if holds:
+                raise BadInput(f"--model {source}: {config.model_type} with {reason} cannot grow a tree on prompts of "
+                               f"{T} tokens; take another, or a lower --max-history where a length is the reason")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        if found["missing_keys"] or not tokenizer.get_vocab():
+            missing = sorted(found["missing_keys"])[:1] or ["a tokenizer with a vocabulary"]
+            raise ValueError(f"it lacks {missing[0]}")
+    except BadInput:
+        raise
+    except Exception as error:  # what a foreign folder can break is not a short list
+        raise BadInput(f"--model {source}: cannot be loaded ({first_line(error)}); expected a causal language model "
+                       "with config.json, tokenizer and weights in safetensors") from None
+    rows = sorted(set(tokenizer.get_vocab().values()))
+    new = tokenizer.convert_tokens_to_ids(learn_words(tokenizer, [*catalogue.words, ASK]))
+    if new:  # a word starts near the mean of the known ones: with half their spread SmolLM2 began worse than guessing
+        model.resize_token_embeddings(max(len(model.get_input_embeddings().weight), max(new) + 1), mean_resizing=False)
+        torch.manual_seed(cfg.seed)
+        tables = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+        for table in {id(table): table for table in tables}.values():  # input and output may be one
+            known = table.data[rows]
+            table.data[new] = known.mean(0) + 0.1 * known.std(0) * torch.randn(len(new), known.shape[1])
+    for p in model.parameters():  # out of the file's memory: where that begins can decide a product's last digit
+        p.data = p.data.clone()
+    policy = Policy(model, catalogue, cfg, tokenizer)
+    check_tree(policy, source, cfg)
+    return policy
+
+
+@torch.no_grad()
+def check_tree(policy, source, cfg):
+    """A tree must say what plain passes over whole sequences say; whatever is not attention alone fails here."""
+    dice, N, H, half = torch.Generator().manual_seed(0), policy.catalogue.N, cfg.max_history, policy.half
+    history, item = (torch.randint(N, (2, n), generator=dice).to(cfg.device) for n in (H, 2))
+    history[1, : H // 2] = -1
+    tokens = policy.catalogue.tokens[item]  # (2, 2, L)
+    policy.half = False
+    try:
+        prompt = policy.read(history)
+        trees = grow(policy, prompt, given(tokens))[1], score(policy, prompt, tokens)
+        for row in range(2):
+            said = policy.vocabulary[policy.catalogue.tokens[history[row][history[row] >= 0]]].flatten()
+            prompt = torch.cat([policy.start, said, policy.ask])
+            for branch in range(2):
+                ids = torch.cat([prompt, policy.vocabulary[tokens[row, branch, :-1]]])
+                logits = policy.model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, len(prompt) - 1 :]
+                plain = logits[:, policy.vocabulary].log_softmax(-1).gather(1, tokens[row, branch].unsqueeze(1))[:, 0]
+                if not all((plain - tree[row, branch]).abs().max() < 1e-3 for tree in trees):
+                    raise ValueError("its probabilities there are not those of the whole sequence")
+    except Exception as error:
+        raise BadInput(f"--model {source}: {policy.model.config.model_type} cannot grow a tree on a prompt "
+                       f"({first_line(error)}); take a model of plain attention") from None
+    finally:
+        policy.half = half
+
+
+def supervise(policy, batch):
+    """Read the prompts; and how likely the truth is, (B, L) log-probabilities with gradient.
+
+    One pass over prompt and truth says both: what comes later changes nothing before it, and is cut off again.
+    """
+    target = policy.catalogue.tokens[batch.target]
+    cache, visible, logp = policy.read(batch.history, target[:, :-1])  # the last token predicts nothing
+    T = visible.shape[1] - target.shape[1] + 1
+    prompt = Trunk([(k[:, :, :T], v[:, :, :T]) for k, v in cache], visible[:, :T], logp[:, :1])
+    return prompt, logp.gather(-1, target.unsqueeze(-1))[..., 0]
+
+
+def from_the_start(order, phase, learner, dice):
+    """Every step of a phase; `Checkpoints.steps` is the same for runs that can be stopped."""
+    return enumerate(order)
+
+
+def train_sft(policy, prompts, cfg, log, steps=from_the_start):
     """The base policy: the mean NLL of the next item (eq. 2), nothing else."""
+    B = cfg.sft_batch_size
     learner = Learner(policy.model, cfg.sft_lr, cfg.sft_steps)
-    order = batches(len(prompts.target), cfg.sft_batch_size, cfg.sft_steps, stream(cfg.seed, "sft"))
-    for step, rows in enumerate(progress(order, "sft")):
-        batch = prompts.rows(rows.to(cfg.device))
-        target = policy.catalogue.tokens[batch.target].unsqueeze(1)  # (B, 1, L)
-        _, target_logp = grow(policy, policy.read(batch.history), given(target))
-        nll = core.nll_loss(target_logp[:, 0]).mean()
-        norm, lr = learner.update(nll)
-        log(phase="sft", step=step + 1, lr=lr, nll=nll, gradient_norm=norm)
+    order = batches(len(prompts.target), B, cfg.sft_steps, stream(cfg.seed, "sft"))
+    for step, rows in progress(steps(order, "sft", learner, {}), "sft", len(order)):
+        batch, nll = prompts.rows(rows.to(cfg.device)), []
+        for part in shares(B, cfg.micro_batch_size):
+            _, target_logp = supervise(policy, batch.rows(part))
+            nll.append(core.nll_loss(target_logp))
+            (nll[-1].sum() / B).backward()
+        norm, lr = learner.step()
+        log(phase="sft", step=step + 1, lr=lr, nll=gather(nll).mean(), gradient_norm=norm)
 
 
 # == 6. The step: roll out, score, judge, learn =======================================================================
@@ -680,92 +953,128 @@ class Method(NamedTuple):
     admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets the GRPO term; None: no rollouts
 
 
-def everyone(hard, clear, batch, generator):
-    return torch.ones_like(hard)
+def everyone(difficult, reliable, batch, generator):
+    return torch.ones_like(difficult)
 
 
-def at_random(hard, clear, batch, generator):
+def at_random(difficult, reliable, batch, generator):
     """As many as AdaGRPO would admit of this batch, but whichever."""
-    clip = core.sample_clip(hard, clear)
-    return clip[torch.randperm(len(clip), generator=generator, device=clip.device)]
+    admitted = core.sample_clip(difficult, reliable)
+    return admitted[torch.randperm(len(admitted), generator=generator, device=admitted.device)]
 
 
 METHODS = {
     "nll": Method(True, None),  # the control that the paper lacks
     "grpo": Method(False, everyone),
     "grpo+nll": Method(True, everyone),
-    "adagrpo-d": Method(True, lambda hard, clear, *_: hard),
-    "adagrpo-r": Method(True, lambda hard, clear, *_: clear),
-    "adagrpo": Method(True, lambda hard, clear, *_: core.sample_clip(hard, clear)),
+    "adagrpo-d": Method(True, lambda difficult, reliable, *_: difficult),
+    "adagrpo-r": Method(True, lambda difficult, reliable, *_: reliable),
+    "adagrpo": Method(True, lambda difficult, reliable, *_: core.sample_clip(difficult, reliable)),
     "random-gate": Method(True, at_random),
 }
 
 
-def train_rl(policy, reward, prompts, cfg, name, log):
-    """Post-train `policy` in place by method `name`; yields the step's number after each, for evaluations between."""
+def roll_out(policy, batch, parts, K, generator, everyone_learns=False):
+    """K samples of each prompt and how likely the truth is, (B, K, L) tokens and log-probabilities and (B, L).
+
+    Also the graph to learn from: of prompts and truth, and of the samples if everyone will learn from his. That is of
+    the only micro-batch. Of several none is kept, to save memory.
+    """
+    pieces, dice, keep = [], generator.get_state(), len(parts) == 1
+    for part in parts:
+        with torch.set_grad_enabled(keep):
+            prompt, target_logp = supervise(policy, batch.rows(part))
+        with torch.set_grad_enabled(keep and everyone_learns):
+            generator.set_state(dice)  # every micro-batch draws the same numbers, the whole batch's
+            tokens, logp = grow(policy, prompt, sample(K, generator, part, len(batch.target)))
+        pieces.append((tokens, logp.detach(), target_logp.detach()))
+    graph = (prompt, target_logp, logp if everyone_learns else None) if keep else None
+    return *map(gather, zip(*pieces, strict=True)), graph
+
+
+def train_rl(policy, reward, prompts, cfg, name, log, steps=from_the_start, other=None):
+    """Post-train `policy` in place by method `name`; yields the step's number after each, for evaluations between.
+
+    `steps` counts them and may leave out what a checkpoint has; `other` draws negatives that are no rollouts.
+    """
     method = METHODS[name]
     catalogue, B, K = policy.catalogue, cfg.batch_size, cfg.group_size
     learner = Learner(policy.model, cfg.lr if method.supervised else cfg.grpo_lr, cfg.rl_steps * cfg.updates)
     # The order of prompts depends on the seed alone, so that every method sees the same prompts in the same order.
     order = batches(len(prompts.target), B, cfg.rl_steps, stream(cfg.seed, "order")).to(cfg.device)
     dice = {use: stream(cfg.seed, use, cfg.device) for use in ("rollouts", "negatives", "random gate")}
+    parts = shares(B, cfg.micro_batch_size)  # the rows of a batch that this process runs, a micro-batch at a time
 
-    for step, rows in enumerate(order):
+    for step, rows in steps(order, name, learner, dice):
         batch = prompts.rows(rows)
-        target = catalogue.tokens[batch.target].unsqueeze(1)  # (B, 1, L)
+        chosen = [()] * len(parts)
         for update in range(cfg.updates):
-            # -- read: the prompt, once; and how likely the truth is, with gradient ----------------------------------
-            prompt = policy.read(batch.history)
-            _, target_logp = grow(policy, prompt, given(target))
-            target_logp = target_logp[:, 0]  # (B, L)
-            nll = core.nll_loss(target_logp)  # (B,)
-
+            graph = None
             if update == 0 and method.admit:
-                with torch.no_grad():
-                    # -- roll out: K samples of each prompt, from the policy as it is -------------------------------
-                    rollouts, old_logp = grow(policy, prompt, sample(K, dice["rollouts"]))  # (B, K, L)
-                    items = catalogue.item(rollouts)  # (B, K)
+                # -- roll out: K samples of each prompt, from the policy as it is -----------------------------------
+                rollouts, old_logp, target_logp, graph = roll_out(policy, batch, parts, K, dice["rollouts"],
+                                                                  method.admit is everyone)
+                items = catalogue.item(rollouts)  # (B, K)
 
-                    # -- score: rollouts, truth and negatives in one call, all under the prompt of their row --------
+                # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ------------
+                if other:
+                    negatives = other(batch.history, batch.target, cfg.negatives, dice["negatives"])  # (B, M)
+                else:
                     keys = torch.rand(B, B * K, generator=dice["negatives"], device=items.device)
                     negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
-                    scores = reward(batch.history, torch.cat([items, batch.target.unsqueeze(1), negatives], 1))
-                    rewards, target_reward, negative_rewards = scores[:, :K], scores[:, K], scores[:, K + 1 :]
+                pool = torch.cat([items, batch.target.unsqueeze(1), negatives], 1)
+                scores, named = ask(reward, batch.history, pool, slice(parts[0].start, parts[-1].stop))
+                rewards, target_reward, negative_rewards = scores[:, :K], scores[:, K], scores[:, K + 1 :]  # and (B, M)
 
-                    # -- judge: is it difficult for the policy (eq. 7), does the ranker know (eq. 9)? ---------------
-                    # A rollout that repeats the truth ties with it; two passes round differently, so say so.
-                    likely = core.length_normalized(old_logp)  # (B, K)
-                    likely = torch.where(items == batch.target.unsqueeze(1), -nll.unsqueeze(1), likely)
-                    hard = core.difficulty(-nll, likely, tau=cfg.tau)  # (B,)
-                    clear = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
-                    clip = method.admit(hard, clear, batch, dice["random gate"])
-                    advantages = core.group_advantages(rewards)  # (B, K)
-                    # Nine in ten are not admitted. They need no gradient through their rollouts: leave them out.
-                    admitted = clip.nonzero()[:, 0]
+                # -- judge: is it difficult for the policy (eq. 7), does the ranker know (eq. 9)? -------------------
+                # A rollout that repeats the truth ties with it; two passes round differently, so say so.
+                likely, truth = core.length_normalized(old_logp), -core.nll_loss(target_logp)  # (B, K) and (B,)
+                likely = torch.where(items == batch.target.unsqueeze(1), truth.unsqueeze(1), likely)
+                difficult = core.difficulty(truth, likely, tau=cfg.tau)  # (B,)
+                reliable = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
+                admitted = method.admit(difficult, reliable, batch, dice["random gate"])
+                advantages = core.group_advantages(rewards)  # (B, K)
+                # Who is not admitted (with adagrpo nine in ten) needs no gradient through its rollouts: left out.
+                # To know who, the host waits for the GPU, here and nowhere else between rollout and update.
+                who = admitted.tolist()
+                chosen = [torch.tensor([b for b in range(part.start, part.stop) if who[b]], dtype=torch.long,
+                                       device=items.device) for part in parts]
 
             # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) ------------------------
-            loss = nll.mean() if method.supervised else 0.0 * nll.mean()
-            extra = dict(grpo=0.0, ratio=1.0) if method.admit else {}
-            if method.admit and len(admitted):
-                _, logp = grow(policy, prompt.rows(admitted), given(rollouts[admitted]))
-                grpo = core.grpo_loss(logp, old_logp[admitted], advantages[admitted], epsilon=cfg.epsilon)
-                loss = loss + cfg.lam * grpo.sum() / B
-                extra = dict(grpo=grpo.sum() / B, ratio=(logp - old_logp[admitted]).exp().mean())
-            norm, lr = learner.update(loss)
+            learnt = []
+            for part, mine in zip(parts, chosen, strict=True):
+                prompt, target_logp, logp = graph or (*supervise(policy, batch.rows(part)), None)
+                nll = core.nll_loss(target_logp)  # of the part's prompts
+                loss = nll.sum() / B if method.supervised else 0.0 * nll.sum()
+                grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)
+                if len(mine):
+                    if logp is None:  # else everyone is admitted, and sampling has left the graph
+                        logp = score(policy, prompt.rows(mine - part.start), rollouts[mine])
+                    gain = core.grpo_loss(logp, old_logp[mine], advantages[mine], epsilon=cfg.epsilon)
+                    loss = loss + cfg.lam * gain.sum() / B  # by B, not by the number admitted: eq. 5
+                    grpo[mine - part.start] = gain.detach()
+                    ratio[mine - part.start] = (logp.detach() - old_logp[mine]).exp().mean((1, 2))
+                loss.backward()
+                learnt.append(torch.stack([nll.detach(), grpo, ratio], 1))
+            norm, lr = learner.step()
 
+        nll, grpo, ratio = gather(learnt).unbind(1)
+        extra = {}
         if method.admit:
-            extra |= diagnostics(hard, clear, clip, rewards, target_reward, rollouts, items, cfg)
+            extra = diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg) | named
+            extra |= dict(grpo=grpo.sum() / B, ratio=ratio.sum() / sum(who) if any(who) else 1.0,
+                          bad_scores=1 - scores.isfinite().float().mean())
         log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **extra, gradient_norm=norm)
         yield step + 1
 
 
-def diagnostics(hard, clear, clip, rewards, target_reward, rollouts, items, cfg):
+def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
     """What to look at when training goes wrong; docs/metrics.md defines each."""
     nothing = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker suppresses
     prominent = core.reliability(target_reward, rewards, nothing, tau=cfg.tau, rho=cfg.rho)
     same = (rollouts.unsqueeze(1) == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
-    share = dict(difficult=hard, reliable=clear, admitted=clip, easy=~hard, not_prominent=~prominent,
-                 not_suppressed=prominent & ~clear, zero_spread=(rewards == rewards[:, :1]).all(1),
+    share = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult, not_prominent=~prominent,
+                 not_suppressed=prominent & ~reliable, zero_spread=(rewards == rewards[:, :1]).all(1),
                  duplicate_rollouts=same.tril(-1).any(-1), invalid_rollouts=items < 0)
     return dict(reward=rewards.mean(), reward_spread=rewards.std(1).mean(),
                 **{name: which.float().mean() for name, which in share.items()})
@@ -775,11 +1084,12 @@ def diagnostics(hard, clear, clip, rewards, target_reward, rollouts, items, cfg)
 
 
 @torch.no_grad()
-def evaluate(policy, ranker, prompts, cfg, batch=500):
+def evaluate(policy, ranker, prompts, cfg):
     """Beam search on every prompt. Returns the metrics, and per prompt what they are the means of."""
     parts = []
     dice = stream(cfg.seed, "evaluation", cfg.device)
-    for rows in progress(torch.arange(len(prompts.target), device=cfg.device).split(batch), "evaluate"):
+    everyone = torch.arange(len(prompts.target), device=cfg.device)
+    for rows in progress(everyone.split(cfg.eval_batch_size), "evaluate"):
         part = prompts.rows(rows)
         prompt = policy.read(part.history)
         beams, _ = grow(policy, prompt, beam(cfg.beam_width))
@@ -805,10 +1115,24 @@ def evaluate(policy, ranker, prompts, cfg, batch=500):
 
 
 class Journal:
-    """metrics.jsonl: a line for every step and every evaluation, written as it happens."""
+    """metrics.jsonl: a line for every step and every evaluation, written as it happens; --log-to hears it too.
 
-    def __init__(self, path):
-        self.file, self.rows = path.open("x"), []
+    machine.jsonl is its neighbour for what no seed decides: seconds and memory. A resumed run keeps the first `size`
+    bytes of the one, those that its checkpoint knows of, and appends to the other.
+    """
+
+    def __init__(self, out, cfg, size=0):
+        self.rows, self.file, self.sink = [], None, open_sink(out, cfg)
+        self.device, self.last = cfg.device, time.perf_counter()
+        path = out / "metrics.jsonl"
+        if size:
+            text = path.read_bytes()[:size] if path.is_file() else b""
+            if len(text) < size:
+                raise BadInput(f"{path}: lines are missing that were there at the last checkpoint; {START_ANEW}")
+            self.rows = [json.loads(line) for line in text.splitlines()]
+        if rank() == 0:
+            self.file, self.machine = path.open("ab"), (out / "machine.jsonl").open("a")
+            self.file.truncate(size)
 
     def __call__(self, **row):
         # All the numbers of a step cross from the GPU at once, after its work has been queued.
@@ -816,8 +1140,157 @@ class Journal:
         if numbers:
             row |= zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True)
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
+            now, where = time.perf_counter(), {k: row[k] for k in ("phase", "method", "step") if k in row}
+            used = dict(seconds=round(now - self.last, 4), memory=peak_memory(self.device))
+            self.machine.write(json.dumps(where | used) + "\n")
+            self.machine.flush()
+            self.sink(row | used)
+            self.last = now
+
+    def found(self, phase, method=None):
+        """What was measured in these rows."""
+        mine = [row for row in self.rows if row["phase"] == phase and method in (None, row["method"])]
+        return [{key: x for key, x in row.items() if key not in ("phase", "method", "step")} for row in mine]
+
+    def saved(self):
+        """How many bytes are safely on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+def peak_memory(device):
+    """GiB: of a GPU, at most since the last line; of a CPU, what the whole process has held at most."""
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    else:
+        usage = importlib.import_module("resource")
+        peak = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(peak / 2**30, 3)
+
+
+def open_sink(out, cfg):
+    """Where --log-to sends the numbers of a line; a library is imported only if it was asked for."""
+    if not cfg.log_to or rank() > 0:
+        return lambda row: None
+    if cfg.log_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out / "tensorboard")
+    else:
+        library = importlib.import_module(cfg.log_to)
+        library.init(project="nanoadagrpo", name=out.name, config=dataclasses.asdict(cfg))
+
+    def send(row):
+        step, name = row["step"], "/".join(row[key] for key in ("phase", "method") if key in row)
+        numbers = {f"{name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        if cfg.log_to == "tensorboard":
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+        else:
+            library.log(numbers)  # these libraries count lines themselves; the step is one of the numbers
+
+    return send
+
+
+START_ANEW = "it cannot be resumed; begin again with --config and its config.json"
+
+
+class Checkpoints:
+    """RUN/checkpoints/: all that a run needs to go on: model, optimizer, schedule, dice, and how far it was.
+
+    A checkpoint is written beside its place, forced to the disk, and renamed when whole; only then the one before it
+    goes. So a kill at any moment leaves a whole one, or none yet. No pickle: safetensors and JSON.
+    """
+
+    def __init__(self, folder, cfg):
+        self.folder, self.every, self.policy, self.base = folder, cfg.save_every, None, {}
+        self.state, self.tensors = {}, {}
+        self.newest = (self.whole() or [None])[-1]
+        if self.newest:
+            try:
+                self.state = json.loads((self.newest / "state.json").read_text())
+                self.tensors = load_file(self.newest / "state.safetensors", cfg.device)
+                self.tensors = {key: x.clone() for key, x in self.tensors.items()}  # see pretrained_policy
+                _ = [self.state[key] for key in ("phase", "step", "bytes", "groups", "schedule")]
+            except Exception as error:  # a disk can do anything to a file
+                raise BadInput(f"{self.newest}: damaged ({first_line(error)}); {START_ANEW}") from None
+            self.base = {key[5:]: x for key, x in self.tensors.items() if key.startswith("base.")}
+
+    def whole(self):
+        """Oldest first."""
+        return sorted(path for path in self.folder.glob("*") if path.suffix != ".partial")
+
+    def at(self, phase):
+        """Did the run stop in this phase, and has not gone on yet?"""
+        return self.state.get("phase") == phase
+
+    def steps(self, order, phase, learner, dice):
+        """(step, rows) of the phase's steps that are still to be done; saves every so often and after the last."""
+        done = self.restore(learner, dice) if self.at(phase) else 0
+        for step in range(done, len(order)):
+            if self.every and step > done and step % self.every == 0:
+                self.save(phase, step, learner, dice)
+            yield step, order[step]
+        if self.every and len(order) > done:
+            self.save(phase, len(order), learner, dice)
+
+    def restore(self, learner, dice):
+        state, memory = self.state, {}
+        for name, x in self.tensors.items():
+            kind, key = name.split(".", 1)
+            if kind == "dice":
+                dice[key].set_state(x.cpu())
+            elif kind == "optimizer":
+                index, key = key.split(".")
+                memory.setdefault(int(index), {})[key] = x
+        learner.optimizer.load_state_dict({"state": memory, "param_groups": state["groups"]})
+        learner.schedule.load_state_dict(state["schedule"])
+        self.state = self.tensors = {}
+        return state["step"]
+
+    def save(self, phase, step, learner, dice):
+        if rank() > 0:
+            return
+        older = self.whole()
+        place = self.folder / f"{1 + int(older[-1].name if older else 0):08d}"
+        partial = place.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.policy.save(partial)
+        memory = learner.optimizer.state_dict()
+        tensors = {f"optimizer.{i}.{key}": x for i, one in memory["state"].items() for key, x in one.items()}
+        tensors |= {f"dice.{use}": generator.get_state() for use, generator in dice.items()}
+        save_file(tensors | {f"base.{name}": x for name, x in self.base.items()}, partial / "state.safetensors")
+        state = dict(phase=phase, step=step, bytes=self.log.saved(), groups=memory["param_groups"],
+                     schedule=learner.schedule.state_dict())
+        (partial / "state.json").write_text(json.dumps(state))
+        for path in [*partial.iterdir(), partial]:
+            force(path)
+        partial.rename(place)
+        force(self.folder)
+        for path in older:
+            shutil.rmtree(path)
+
+    def remove(self):
+        """The run is complete."""
+        if rank() == 0 and self.folder.exists():
+            gone = self.folder.with_suffix(".partial")
+            self.folder.rename(gone)
+            shutil.rmtree(gone)
+
+
+def force(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
@@ -842,7 +1315,8 @@ def picture(rows, path):
     """Training dynamics, the paper's Figure 3: what the validation set and the gate say along the way."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    colours = dict(zip(METHODS, ["k", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73"], strict=True))
     panels = {"HR@10 (%)": ("valid", "hr@10", 100), "hallucination (%)": ("valid", "hallucination", 100),
               "ranker's p(click), best of 10": ("valid", "click_reward@10", 1), "admitted (%)": ("rl", "admitted", 100)}
     methods = dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl")
@@ -852,10 +1326,10 @@ def picture(rows, path):
             x, y = [row["step"] for row in mine], [row[key] * scale for row in mine]
             if phase == "rl":  # one batch admits in steps of 1/B: show the mean of the last twenty
                 y = [np.mean(y[max(0, i - 19) : i + 1]) for i in range(len(y))]
-            axes.plot(x, y, label=method, lw=2.5 if method == "adagrpo" else 1.2)
+            axes.plot(x, y, label=method, color=colours.get(method), lw=2.5 if method == "adagrpo" else 1.2)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -865,58 +1339,78 @@ def run(cfg):
     disable_progress_bar()  # of saving; ours stay
     # With several threads, sums into the same place (the gradient of an index) would come in any order otherwise.
     torch.use_deterministic_algorithms(cfg.device == "cpu", warn_only=True)
-    out = new_folder(cfg)
+    out = Path(cfg.resume) if cfg.resume else new_folder(cfg)
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
-    try:
-        out.mkdir(parents=True)  # only now: data that is refused leaves nothing behind
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-    log = Journal(out / "metrics.jsonl")
+    reward = own_reward(cfg) if cfg.reward else None
+    checkpoints = Checkpoints(out / "checkpoints", cfg)
+    source = checkpoints.newest or cfg.model
+    policy = pretrained_policy(source, data.catalogue, cfg) if source else tiny_policy(data.catalogue, cfg)
+    other = own_negatives(data.catalogue, cfg)
+    if cfg.resume and not checkpoints.newest:
+        say(f"{out}: no checkpoint was made, or it is gone; beginning with the first step again")
+    if not cfg.resume:
+        make_folder(out, cfg)  # only now: what is refused leaves nothing behind
+    checkpoints.policy, checkpoints.log = policy, Journal(out, cfg, checkpoints.state.get("bytes", 0))
+    log = checkpoints.log
     say(f"{data.catalogue.N} items, {len(data.sft.target)} prompts for SFT, {len(data.rl.target)} for RL; see {out}")
 
     ranker = train_ranker(data.catalogue, data.log, cfg)
-    reward = make_reward(ranker, cfg)
-    policy = tiny_policy(data.catalogue, cfg)
-    train_sft(policy, data.sft, cfg, log)
+    reward = reward or make_reward(ranker, cfg)
+    names = list(METHODS) if cfg.method == "all" else [cfg.method]
+    if not any(map(checkpoints.at, names)):
+        train_sft(policy, data.sft, cfg, log, checkpoints.steps)
 
     test = subset(data.test, cfg.eval_prompts, cfg.seed, "test")
     valid = subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")
-    base = copy.deepcopy(policy.model.state_dict())
-    base_valid, results = evaluate(policy, ranker, valid, cfg)[0], {"base": evaluate(policy, ranker, test, cfg)[0]}
-    log(phase="test", method="base", step=0, **results["base"])
+    base = checkpoints.base or {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    checkpoints.base = base if len(names) > 1 else {}  # the others start from it
+    starts = (log.found("valid") or [evaluate(policy, ranker, valid, cfg)[0]])[0]
+    if not log.found("test", "base"):
+        log(phase="test", method="base", step=0, **evaluate(policy, ranker, test, cfg)[0])
 
-    names = list(METHODS) if cfg.method == "all" else [cfg.method]
     for name in names:
-        policy.model.load_state_dict(base)
-        log(phase="valid", method=name, step=0, **base_valid)
-        admitted = []
-        for step in progress(train_rl(policy, reward, data.rl, cfg, name, log), name, cfg.rl_steps):
-            admitted.append(log.rows[-1].get("admitted", 0.0))
+        if log.found("test", name):
+            continue
+        if not checkpoints.at(name):
+            for key, p in policy.model.named_parameters():
+                p.data.copy_(base[key])
+            log(phase="valid", method=name, step=0, **starts)
+        steps = train_rl(policy, reward, data.rl, cfg, name, log, checkpoints.steps, other)
+        for step in progress(steps, name, cfg.rl_steps):
+            if log.rows[-1].get("bad_scores"):
+                raise BadInput(f"--reward {cfg.reward or '(the ranker)'}: {log.rows[-1]['bad_scores']:.1%} of the "
+                               f"scores of step {step} are not finite; return a number for every item")
             if step % cfg.eval_every == 0 or step == cfg.rl_steps:
                 log(phase="valid", method=name, step=step, **evaluate(policy, ranker, valid, cfg)[0])
-        results[name] = evaluate(policy, ranker, test, cfg)[0] | {"admitted": float(np.mean(admitted or [0.0]))}
-        log(phase="test", method=name, step=cfg.rl_steps, **results[name])
-        policy.model.save_pretrained(out / "policy" / (name if len(names) > 1 else ""))
+        admitted = [row.get("admitted", 0.0) for row in log.found("rl", name)]
+        metrics = evaluate(policy, ranker, test, cfg)[0] | {"admitted": float(np.mean(admitted))}
+        log(phase="test", method=name, step=cfg.rl_steps, **metrics)
+        if rank() == 0:
+            policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
-    picture(log.rows, out / "dynamics.png")
+    results = {row["method"]: log.found("test", row["method"])[0] for row in log.rows if row["phase"] == "test"}
     facts = (f"{len(test.target)} test prompts, beams of width {cfg.beam_width}; {time.time() - began:.0f} s in all, "
              f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads")
-    page = [f"# {out.name}", f"`python nanoadagrpo.py {shlex.join(command(cfg))}`", table(results), facts,
-            "![training dynamics](dynamics.png)"]
-    (out / "report.md").write_text("\n\n".join(page) + "\n")
+    if rank() == 0:
+        picture(log.rows, out / "dynamics.png")
+        page = [f"# {out.name}", f"`python nanoadagrpo.py {shlex.join(command(cfg))}`", table(results), facts,
+                "![training dynamics](dynamics.png)"]
+        (out / "report.partial").write_text("\n\n".join(page) + "\n")
+        (out / "report.partial").rename(out / "report.md")
+    checkpoints.remove()
     say(f"\n{table(results)}\n\n{facts}\nreport, figure and policy: {out}")
     return results
 
 
 def say(text):
-    print(text, flush=True)
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def new_folder(cfg):
     """Where results go; never over anything."""
     if cfg.out:
-        if Path(cfg.out).exists():
+        if rank() == 0 and Path(cfg.out).exists():
             raise BadInput(f"--out {cfg.out}: exists already; name a new folder, or remove that one yourself")
         return Path(cfg.out)
     name = f"{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
@@ -924,11 +1418,25 @@ def new_folder(cfg):
     return next(path for path in paths if not path.exists())
 
 
+def make_folder(out, cfg):
+    """The folder appears with its config.json in it, or not at all."""
+    if rank() > 0:
+        return
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        partial.rename(out)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+
+
 def command(cfg):
     """The flags that differ from the defaults: what to type to have the same again."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if value != field.default and field.name not in ("out", "device"):
+        if value != field.default and field.name not in ("out", "device", "resume"):
             yield from [f"--{dashed(field.name)}", str(value)][: 1 if value is True else 2]
 
 
@@ -946,24 +1454,73 @@ def parse(argv):
             parser.add_argument(flag, action="store_true", help=text)
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
-    cfg = Settings(**vars(parser.parse_args(argv)))
+    parser.add_argument("--config", default="", help="config.json of a run, to repeat it; flags given beside it win")
+    given = vars(parser.parse_args(argv))
+    saved = str(Path(given["resume"]) / "config.json") if given["resume"] else given["config"]
+    if saved:
+        parser.set_defaults(**read_config(saved, given["resume"]))
+        given = vars(parser.parse_args(argv))
+    del given["config"]
+    cfg = Settings(**given)
+    if cfg.resume:
+        free = ("resume", "out", "device", "save_every", "log_to")  # what may differ from what was begun
+        other = [name for name, value in read_config(saved, cfg.resume).items()
+                 if getattr(cfg, name) != value and name not in free]
+        if other:
+            raise BadInput(f"--resume goes on as the run was begun; leave out --{', --'.join(map(dashed, other))}")
+        if (Path(cfg.resume) / "report.md").exists() and not (Path(cfg.resume) / "checkpoints").exists():
+            raise BadInput(f"--resume {cfg.resume}: this run is complete, see its report.md")
     if cfg.toy == bool(cfg.data):
         raise BadInput("say either --toy or --data DIR" + (", not both" if cfg.toy else ""))
+    if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
+        raise BadInput(f"--log-to {cfg.log_to}: not installed; pip install {cfg.log_to}")
+    crew = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says so
+    for name in ("sft_batch_size", "batch_size"):
+        if getattr(cfg, name) % crew:
+            raise BadInput(f"--{dashed(name)} {getattr(cfg, name)}: {crew} processes cannot share it equally")
     if cfg.device == "auto":
         cfg = dataclasses.replace(cfg, device="cuda" if torch.cuda.is_available() else "cpu")
+    if crew > 1 and cfg.device.startswith("cuda"):
+        cfg = dataclasses.replace(cfg, device=f"cuda:{os.environ['LOCAL_RANK']}")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"--device {cfg.device}: {first_line(error)}") from None
     return cfg
+
+
+def read_config(path, resume):
+    """Settings of an earlier run, without where it wrote."""
+    try:
+        saved = json.loads(Path(path).read_text())
+        known = {field.name: field.default for field in dataclasses.fields(Settings)}
+        for name, value in saved.items():
+            if name not in known or type(value) not in {type(known[name]), {float: int}.get(type(known[name]))}:
+                hint = difflib.get_close_matches(name, known, 1)
+                raise BadInput(f"{path}: {name} {value!r} is no setting or of another type"
+                               + (f"; did you mean {hint[0]}?" if hint and hint[0] != name else ""))
+        return {name: value for name, value in saved.items() if name not in ("out", "resume")}
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        flag = "--resume needs the folder of a run" if resume else "--config needs the config.json of a run"
+        raise BadInput(f"{path}: cannot be read ({first_line(error)}); {flag}") from None
 
 
 def main(argv=None):
     try:
-        return run(parse(argv))
+        cfg = parse(argv)
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
+            if cfg.device.startswith("cuda"):
+                torch.cuda.set_device(cfg.device)
+            dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+        return run(cfg)
     except BadInput as error:
         print(f"nanoadagrpo: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -285,9 +285,7 @@ def truth_logp(setup, batch=500):
     parts = []
     for rows in torch.arange(len(setup.test.target)).split(batch):
         part = setup.test.rows(rows)
-        target = setup.data.catalogue.tokens[part.target].unsqueeze(1)
-        _, logp = nano.grow(setup.policy, setup.policy.read(part.history), nano.given(target))
-        parts.append(core.length_normalized(logp[:, 0]))
+        parts.append(core.length_normalized(nano.supervise(setup.policy, part)[1]))
     return torch.cat(parts).numpy()
 
 
@@ -304,9 +302,8 @@ def influence_rows(setup, prompts, width, batch=100):
     parts = []
     for rows in torch.arange(len(prompts.target) // B * B).split(B):  # whole batches: negatives need company
         part = prompts.rows(rows)
-        prompt = setup.policy.read(part.history)
+        prompt, target_logp = nano.supervise(setup.policy, part)
         beams, beam_logp = nano.grow(setup.policy, prompt, nano.beam(width))
-        _, target_logp = nano.grow(setup.policy, prompt, nano.given(catalogue.tokens[part.target].unsqueeze(1)))
         item, logp = catalogue.item(beams), core.length_normalized(beam_logp)  # (B, W)
         W = item.shape[1]
         hit = item == part.target.unsqueeze(1)
@@ -316,7 +313,7 @@ def influence_rows(setup, prompts, width, batch=100):
             """The truth's score: as a beam where it is one, else what it got alone."""
             return torch.where(hit.any(1), in_beams.gather(1, place)[:, 0], alone)
 
-        target_logp = own(logp, core.length_normalized(target_logp[:, 0]))
+        target_logp = own(logp, core.length_normalized(target_logp))
         hard = core.difficulty(target_logp, logp, tau=cfg.tau)
         negatives = item.flatten()[core.in_batch_negatives(torch.rand(B, B * W, generator=dice), k=W, m=cfg.negatives)]
         pool = torch.cat([item, part.target.unsqueeze(1), negatives], 1)

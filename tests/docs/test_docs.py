@@ -37,7 +37,8 @@ def code_spans(text):
 
 # -- code blocks -------------------------------------------------------------------------------------------------------
 
-ELSEWHERE = {"docs/vendoring.md"}  # tests/recipes/test_vendoring_page.py runs its blocks, with the arrays they need
+# Blocks that need something first: tests/recipes/test_vendoring_page.py and tests/nano/test_models.py run those.
+ELSEWHERE = {"docs/vendoring.md", "docs/models.md"}
 RUNNABLE = [page for page, text in PAGES.items() if "```python" in text and page not in ELSEWHERE]
 
 
@@ -123,7 +124,8 @@ def test_every_path_of_this_repository_that_is_named_exists(page):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-PLACEHOLDERS = {"DIR": "somewhere"}  # a word in capitals that the reader replaces, and what it is replaced with here
+# Words in capitals that the reader replaces, and what they are replaced with here.
+PLACEHOLDERS = {"DIR": "somewhere", "MODEL": "somewhere", "RUN": "runs/mine"}
 
 
 def commands(text):
@@ -131,11 +133,14 @@ def commands(text):
     text = re.sub(r"\\\n\s*", " ", text)
     for rest in re.findall(r"python nanoadagrpo\.py\b([^`\n]*)", text):
         words = shlex.split(re.split(r"&&|\|(?!\|)|;|\s[>(]", rest)[0], comments=True)
-        yield [PLACEHOLDERS.get(word, word) for word in words]
+        yield [re.sub(r"^[A-Z]+\b", lambda name: PLACEHOLDERS.get(name[0], name[0]), word) for word in words]
 
 
 @every_page
-def test_every_command_line_that_is_quoted_parses(page):
+def test_every_command_line_that_is_quoted_parses(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").write_text(json.dumps({"data": "somewhere"}))
     for words in commands(PAGES[page]):
         unknown = [word for word in words if re.fullmatch(r"[A-Z]+|\.\.\.|<.*>", word)]
         assert not unknown, "say in PLACEHOLDERS what stands for them here"
@@ -153,12 +158,12 @@ def test_commands_are_found_however_they_are_quoted():
 
 
 ABOUT_THE_SCRIPT = ["README.md", "docs/walkthrough.md", "docs/equations.md", "docs/metrics.md", "docs/toy.md",
-                    "docs/data.md"]
+                    "docs/data.md", "docs/models.md", "docs/sids.md", "docs/benchmarks.md"]
 
 
 @pytest.mark.parametrize("page", ABOUT_THE_SCRIPT)
 def test_every_flag_that_is_named_is_one_of_the_scripts(page):
-    flags = {f"--{nano.dashed(field)}" for field in nano.Settings.__dataclass_fields__}
+    flags = {"--config"} | {f"--{nano.dashed(field)}" for field in nano.Settings.__dataclass_fields__}
     named = [word for span in code_spans(PAGES[page]) for word in re.findall(r"(?<!\S)--[a-z][\w-]*", span)
              if "evidence" not in span]
     assert set(named) <= flags
@@ -339,4 +344,5 @@ def test_every_key_that_the_pages_words_mention_is_logged(logged):
     known = set.union(*logged.values()) | at_k(set.union(*logged.values()))
     mentioned = {span for span in code_spans(METRICS) if re.fullmatch(r"[a-z]+(_[a-z]+)*(@\w+)?", span)}
     other = {"max", *logged, *nano.METHODS}  # a tie rule, the phases, the methods
+    other |= {"seconds", "memory", "ru_maxrss"}  # of machine.jsonl; see tests/nano/test_options.py
     assert mentioned - other <= known

@@ -31,19 +31,17 @@ def test_influence_on_two_prompts_worked_by_hand(monkeypatch):
     catalogue = nano.Catalogue([(i,) for i in range(6)])
     reward = torch.tensor([[0.1, 0.2, 0.9, 0.3, 0.0, 0.05], [0.0, 0.5, 0.0, 0.0, 0.6, 0.1]])
     beams = torch.tensor([[0, 1, 2, 3], [4, 5, 4, 5]])
-    answers = iter([
-        (beams.unsqueeze(-1), torch.tensor([[-1.0, -2, -3, -4], [-1.0, -2, -3, -4]]).unsqueeze(-1)),
-        # The truth, scored alone. The first is among the beams, at -3: that this pass is off by rounding must not
-        # cost it a place. The second is not.
-        (None, torch.tensor([[[-3.0001]], [[-5.0]]])),
-    ])
-    monkeypatch.setattr(nano, "grow", lambda policy, prompt, pick: next(answers))
+    beam_logp = torch.tensor([[-1.0, -2, -3, -4], [-1.0, -2, -3, -4]]).unsqueeze(-1)
+    # The truth, scored alone. The first is among the beams, at -3: that this pass is off by rounding must not
+    # cost it a place. The second is not.
+    target_logp = torch.tensor([[-3.0001], [-5.0]])
+    monkeypatch.setattr(nano, "supervise", lambda policy, batch: (None, target_logp))
+    monkeypatch.setattr(nano, "grow", lambda policy, prompt, pick: (beams.unsqueeze(-1), beam_logp))
     monkeypatch.setattr(nano, "make_reward", lambda ranker, cfg: lambda history, item: reward.gather(1, item))
     # True utility falls with the item's number; both contexts are alike.
     truth = measure.Truth(np.zeros((2, 6)), -np.arange(6.0), np.zeros((6, 6)), np.zeros(6, int), np.array([False]), 1.0)
     cfg = nano.Settings(tau=0.5, rho=0.5)
-    setup = SimpleNamespace(cfg=cfg, data=SimpleNamespace(catalogue=catalogue), ranker=None, truth=truth,
-                            policy=SimpleNamespace(read=lambda history: None))
+    setup = SimpleNamespace(cfg=cfg, data=SimpleNamespace(catalogue=catalogue), ranker=None, truth=truth, policy=None)
     prompts = nano.Prompts(torch.zeros(2, 1, dtype=torch.long), torch.tensor([2, 1]), torch.tensor([0, 1]))
     rows = measure.influence_rows(setup, prompts, 4)
 

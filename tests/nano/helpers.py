@@ -4,13 +4,18 @@
 import itertools
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -40,11 +45,13 @@ SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_atte
              max_position_embeddings=64)
 FAMILIES = {
     "llama": lambda **kw: LlamaConfig(**SIZES, num_key_value_heads=1, **kw),
-    "gpt2": lambda **kw: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **kw),
+    "gpt2": lambda **kw: GPT2Config(n_embd=16, n_layer=2, n_head=2, **{"n_positions": 64, **kw}),
     "qwen2": lambda **kw: Qwen2Config(**SIZES, num_key_value_heads=1, **kw),
     "qwen3": lambda **kw: Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8, **kw),
-    "mistral": lambda **kw: MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None, **kw),
+    "mistral": lambda **kw: MistralConfig(**SIZES, num_key_value_heads=1, **{"sliding_window": None, **kw}),
     "gemma": lambda **kw: GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=8, **kw),
+    "gemma2": lambda **kw: Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, **{"sliding_window": 64, **kw}),
+    "gemma3": lambda **kw: Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=8, sliding_window=64, **kw),
     "phi": lambda **kw: PhiConfig(**SIZES, **kw),  # its head has a bias
 }
 
@@ -70,6 +77,18 @@ def make_policy(catalogue, family="gpt2", attention="sdpa", seed=0, kind=nano.Po
     return policy
 
 
+def save_model(folder, family="llama", bos=True, spread=0.3, **config):
+    """A random model as the hub has them: weights, config and a tokenizer that knows nothing of Semantic IDs."""
+    known = {word: i for i, word in enumerate(["<s>", "<unk>", "hammer", "nail", "saw"])}
+    torch.manual_seed(0)
+    config = FAMILIES[family](vocab_size=8, initializer_range=spread, pad_token_id=None, eos_token_id=None,
+                              bos_token_id=None, **config)  # three rows more than words, as real models have
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(known, unk_token="<unk>")), unk_token="<unk>",
+                            **({"bos_token": "<s>"} if bos else {})).save_pretrained(folder)
+    return folder
+
+
 def state(policy):
     return {name: value.detach().clone() for name, value in policy.model.state_dict().items()}
 
@@ -84,7 +103,7 @@ def distance(one, other):
 def plain_prompt(policy, history):
     """Token ids of one history; padding is left out instead of masked."""
     items = [item for item in history.tolist() if item >= 0]
-    return torch.cat([*(policy.vocabulary[policy.catalogue.tokens[item]] for item in items), policy.ask])
+    return torch.cat([policy.start, *(policy.vocabulary[policy.catalogue.tokens[item]] for item in items), policy.ask])
 
 
 def plain_next(policy, history, prefixes):

@@ -18,11 +18,12 @@ import nanoadagrpo as nano
 
 from .helpers import QUICK, SHOP
 
-FILES = ["config.json", "dynamics.png", "metrics.jsonl", "policy", "report.md"]
+FILES = ["config.json", "dynamics.png", "machine.jsonl", "metrics.jsonl", "policy", "report.md"]
 EVERY_STEP = {"phase", "step", "lr", "nll", "gradient_norm"}
 EVERY_RL_STEP = EVERY_STEP | {
     "method", "lr", "grpo", "ratio", "reward", "reward_spread", "difficult", "easy", "reliable", "not_prominent",
-    "not_suppressed", "admitted", "zero_spread", "duplicate_rollouts", "invalid_rollouts"}
+    "not_suppressed", "admitted", "zero_spread", "duplicate_rollouts", "invalid_rollouts",
+    "bad_scores"}
 EVERY_EVALUATION = {
     "phase", "method", "step", "ndcg@10", "hallucination", "sampled_hallucination",
     *(f"{name}@{k}" for name in ("hr", "click_reward", "order_reward") for k in (1, 10, 50))}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Evaluation: the arithmetic of the tables, against a case worked by hand and a second, plain way to compute it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -145,7 +146,7 @@ def test_metrics_of_a_real_policy_are_those_of_its_beams_counted_one_by_one(scen
 def test_prompts_may_be_evaluated_in_any_number_of_parts(scene, ranker):
     policy, prompts, cfg = scene
     whole, whole_each = nano.evaluate(policy, ranker, prompts, cfg)
-    parts, parts_each = nano.evaluate(policy, ranker, prompts, cfg, batch=4)
+    parts, parts_each = nano.evaluate(policy, ranker, prompts, dataclasses.replace(cfg, eval_batch_size=4))
     assert torch.equal(whole_each["item"], parts_each["item"])
     for name in whole.keys() - {"sampled_hallucination"}:  # the dice fall otherwise there
         assert whole[name] == pytest.approx(parts[name], abs=1e-6)

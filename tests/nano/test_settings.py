@@ -3,6 +3,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import re
@@ -53,16 +54,21 @@ def test_help_names_every_method(help_text):
         assert re.search(rf"[ ,]{re.escape(name)}[,.]", help_text), name
 
 
+CHOSEN = {"method": "grpo+nll", "dtype": "bfloat16", "log_to": "tensorboard"}  # not any word will do
+
+
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_every_option_reaches_its_setting(field):
+def test_every_option_reaches_its_setting(field, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "installed")
+    monkeypatch.setattr(nano, "read_config", lambda path, resume: {"toy": True})
     if field.name == "device":
         value, text = "cpu", ["cpu"]
     elif field.name == "toy":
         value, text = True, []
     elif field.name == "data":
         value, text = "somewhere", ["somewhere"]
-    elif field.name == "method":
-        value, text = "grpo+nll", ["grpo+nll"]
+    elif field.name in CHOSEN:
+        value, text = CHOSEN[field.name], [CHOSEN[field.name]]
     elif isinstance(field.default, str):
         value, text = "elsewhere", ["elsewhere"]
     else:

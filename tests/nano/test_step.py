@@ -146,9 +146,9 @@ def test_every_method_sees_the_same_prompts_in_the_same_order(monkeypatch):
     for name in METHODS:
         policy = policy_of()
 
-        def read(history, mine=seen[name], original=policy.read):
+        def read(history, *after, mine=seen[name], original=policy.read):
             mine.append(history)
-            return original(history)
+            return original(history, *after)
 
         monkeypatch.setattr(policy, "read", read)
         train(name, cfg(), policy=policy)
@@ -353,9 +353,21 @@ def test_the_prompt_is_run_once_per_update_and_the_rejected_rollouts_not_again(u
     _, [row] = train("adagrpo", c, policy=policy)
     B, K, T, A = 5, 6, 3 * 3 + 1, round(row["admitted"].item() * 5)
     assert 0 < A < B
-    first = [(B, T), *[(B, 1)] * 2, *[(B, K)] * 2, *[(A, K)] * 2]  # prompt; truth; rollouts; the admitted, again
-    again = [(B, T), *[(B, 1)] * 2, *[(A, K)] * 2]
+    first = [(B, T + 2), *[(B, K)] * 2, (A, 2 * K)]  # prompt and truth; rollouts, by level; the admitted's, again
+    again = [(B, T + 2), (A, 2 * K)]
     assert sizes == first + again * (updates - 1)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo+nll"])
+def test_where_everyone_is_admitted_sampling_leaves_the_graph_and_no_rollout_is_run_twice(name):
+    policy, sizes = policy_of(), []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda module, args, options: sizes.append(options["input_ids"].shape), with_kwargs=True)
+    train(name, cfg(rl_steps=1), policy=policy)
+    assert sizes == [(5, 12), (5, 6), (5, 6)]
+    again = policy_of()  # two micro-batches keep no graph, and must come to the same weights
+    train(name, cfg(rl_steps=1, micro_batch_size=3), policy=again)
+    assert distance(state(policy), state(again)) < 1e-6
 
 
 def test_evaluation_runs_each_prompt_once():

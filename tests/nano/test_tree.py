@@ -20,7 +20,8 @@ CATALOGUE = nano.Catalogue([(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 1
 HISTORIES = torch.tensor([[-1, -1, 3], [0, 5, 2], [-1, 4, 4], [1, 0, 3]])
 every_model = pytest.mark.parametrize(
     "family, attention",
-    [(family, attention) for family in FAMILIES for attention in ("eager", "sdpa")],
+    [(family, attention) for family in FAMILIES for attention in ("eager", "sdpa")
+     if (family, attention) != ("gemma2", "sdpa")],  # which transformers refuses: it caps its logits
 )
 
 
@@ -31,7 +32,7 @@ def gradients(policy, value):
 
 
 def score(policy, histories, tokens):
-    return nano.grow(policy, policy.read(histories), nano.given(tokens))[1]
+    return nano.score(policy, policy.read(histories), tokens)
 
 
 def beams(policy, histories, width):
@@ -68,6 +69,30 @@ def test_in_float64_the_two_ways_agree_to_the_last_digits():
     ours, theirs = gradients(policy, tree.square().sum()), gradients(policy, plain.square().sum())
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-11)
+
+
+def test_all_levels_at_once_say_what_level_after_level_says():
+    policy = make_policy(CATALOGUE, "llama")
+    tokens = torch.randint(CATALOGUE.S, (4, 5, 3), generator=torch.Generator().manual_seed(2))
+    grown = nano.grow(policy, policy.read(HISTORIES), nano.given(tokens))[1]
+    torch.testing.assert_close(score(policy, HISTORIES, tokens), grown, rtol=0, atol=5e-6)
+    ours, theirs = (gradients(policy, x.square().sum()) for x in (score(policy, HISTORIES, tokens), grown))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_read_with_the_truth_behind_it_a_prompt_is_the_same_and_the_truth_as_likely():
+    policy = make_policy(CATALOGUE, "gpt2")
+    batch = nano.Prompts(HISTORIES, torch.tensor([3, 0, 5, 1]), torch.arange(4))
+    prompt, target_logp = nano.supervise(policy, batch)
+    alone, truth = policy.read(HISTORIES), CATALOGUE.tokens[batch.target].unsqueeze(1)
+    torch.testing.assert_close(target_logp, nano.score(policy, alone, truth)[:, 0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(prompt.logp, alone.logp, rtol=0, atol=5e-6)
+    assert torch.equal(prompt.visible, alone.visible)
+    for (keys, values), (k, v) in zip(prompt.cache, alone.cache, strict=True):
+        seen = alone.visible[:, None, :, None]
+        torch.testing.assert_close(keys * seen, k * seen, rtol=0, atol=5e-6)
+        torch.testing.assert_close(values * seen, v * seen, rtol=0, atol=5e-6)
 
 
 def test_returned_tokens_are_the_given_ones():

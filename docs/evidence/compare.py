@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Runs of the script on your data, one per seed, as one table: mean and standard deviation, and two simple yardsticks.
+
+    python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
+    python docs/evidence/compare.py s0 s1 s2
+
+The yardsticks are popularity, and the ranker alone over the whole catalogue. They serve the same test prompts, and
+neither can hallucinate; neither needs a policy. What a run was given is read from its config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # measure this checkout, whatever else is installed
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import nanoadagrpo as nano  # noqa: E402
+
+
+def popularity(data):
+    """How often an item was bought in the training rows; ties go to the one that the catalogue names first."""
+    count = torch.bincount(data.sft.target, minlength=data.catalogue.N).float()
+    return lambda history: count.expand(len(history), -1)
+
+
+def ranker_alone(data, cfg):
+    """The reward of every item of the catalogue."""
+    reward = nano.make_reward(nano.train_ranker(data.catalogue, data.log, cfg), cfg)
+    item = torch.arange(data.catalogue.N, device=cfg.device)
+    return lambda history: reward(history, item.expand(len(history), -1))
+
+
+@torch.no_grad()
+def serve(score, prompts, batch=100):
+    """{metric: mean over prompts} when all N items are served in the order of score(history) (n, N)."""
+    ranks = []
+    for rows in torch.arange(len(prompts.target)).split(batch):
+        part = prompts.rows(rows)
+        scores = score(part.history)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        ranks.append((order == part.target.unsqueeze(1)).int().argmax(1) + 1)
+    rank = torch.cat(ranks)
+    found = {f"hr@{k}": (rank <= k).float().mean().item() for k in (1, 10, 50)}
+    return found | {"ndcg@10": torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0).mean().item()}
+
+
+COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
+           "halluc. %": "hallucination", "admitted %": "admitted"}
+
+
+def collect(runs):
+    """{row: [{metric: value} of each run]}: the methods in the order of the runs, then the yardsticks."""
+    rows = {}
+    for run in runs:
+        cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found = {line["method"]: line for line in lines if line["phase"] == "test"}
+        data = nano.load_data(cfg.data, cfg)
+        test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
+        found["popularity"] = serve(popularity(data), test)
+        found["ranker alone"] = serve(ranker_alone(data, dataclasses.replace(cfg, reward="")), test)
+        for name, metrics in found.items():
+            rows.setdefault(name, []).append(metrics)
+    return rows
+
+
+def table(rows):
+    """Markdown: mean ± standard deviation over the runs; last, HR@10 against NLL's of the same run."""
+    def cell(values, sign=""):
+        if any(value is None for value in values):
+            return ""
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{np.mean(values):{sign}.2f}{spread}"
+
+    lines = ["| | " + " | ".join(COLUMNS) + " | HR@10 − NLL |", "| --- |" + " ---: |" * (len(COLUMNS) + 1)]
+    for name, found in rows.items():
+        cells = [cell([100 * one[key] if key in one else None for one in found]) for key in COLUMNS.values()]
+        pairs = zip(found, rows.get("nll", []), strict=False)
+        cells.append(cell([100 * (one["hr@10"] - nll["hr@10"]) for one, nll in pairs], "+") if "nll" in rows else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
+    rows = collect(parser.parse_args(argv).runs)
+    print(table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: MIT
+"""How fast is the script, against peers and the machine? Prints a table; --write puts it into docs/benchmarks.md.
+
+    python tests/benchmarks/speed.py                        # every row; about half an hour on one core
+    python tests/benchmarks/speed.py --rows step-16-60 beams-60
+    python tests/benchmarks/speed.py --quick                # every check and the smallest sizes: is it in order?
+
+Each row first checks that both sides compute the same, then times them in turn in one process: CPU time of one thread,
+which a busy machine disturbs less than the clock on the wall. What is printed is the median of the ratios of
+neighbours, and their quartiles. Rows with TRL need `pip install -e '.[nano,peers]'`.
+"""
+
+import argparse
+import ctypes
+import functools
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+import work  # noqa: E402
+from transformers import TrainerCallback, logging  # noqa: E402
+
+ROWS = {}  # name -> (what the table says, against whom, target, function)
+
+
+def row(name, says, peer, target, **how):
+    def enter(function):
+        ROWS[name] = (says, peer, target, lambda quick, times: function(quick, times, **how))
+        return function
+
+    return enter
+
+
+def seconds(function):
+    """CPU seconds of one call."""
+    gc.collect()
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def in_turn(ours, theirs, times):
+    """[(our seconds, their seconds)], one after the other, after one call of each to warm up."""
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(times + 1)]
+    return pairs[1:]
+
+
+def quartiles(values):
+    values = sorted(values)
+    if len(values) < 2:
+        return values * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, middle, high]
+
+
+def ratios(pairs, **more):
+    """What a row returns: quartiles of theirs/ours, and the medians of both."""
+    low, middle, high = quartiles([theirs / ours for ours, theirs in pairs])
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return dict(low=low, middle=middle, high=high, n=len(pairs), unit="x", ours=ours, theirs=theirs, **more)
+
+
+# -- whole steps against TRL -------------------------------------------------------------------------------------------
+
+
+class Turns(TrainerCallback):
+    """Times TRL's steps in its own loop, and lets ours have a turn after each."""
+
+    def __init__(self, ours, times):
+        self.ours, self.times, self.pairs = ours, times, []
+
+    def on_step_begin(self, args, state, control, **_):
+        gc.collect()
+        self.began = time.process_time()
+
+    def on_step_end(self, args, state, control, **_):
+        theirs = time.process_time() - self.began
+        self.pairs.append([*(statistics.median(seconds(f) for _ in range(3)) for f in self.ours), theirs])
+        control.should_training_stop = len(self.pairs) > self.times
+
+
+@functools.cache  # two rows of the table come from one run
+def against_trl(shape, B, K, T, times):
+    """{method: [(its seconds, TRL's)]} of neighbouring steps, and how well the two agree."""
+    policy = work.a_policy(shape, T)
+    methods = ["grpo"] if shape == "smollm2" else ["grpo", "nll", work.admitting(0), work.admitting(1)]
+    prompts = work.some_prompts(policy, 4 * B, T)
+    checked = work.trl_agrees(policy, prompts, K)
+    trainer = work.trl_trainer(policy, prompts, B, K, T, checked)
+    mine = [work.steps(work.copied(policy), prompts, work.settings(B, K), method) for method in methods]
+    turns = Turns([lambda s=s: next(s) for s in mine], times)
+    trainer.add_callback(turns)
+    trainer.train()
+    *ours, theirs = zip(*turns.pairs[1:], strict=True)
+    return {name: list(zip(mine, theirs, strict=True)) for name, mine in zip(methods, ours, strict=True)}, trainer.noted
+
+
+@row("smollm2", "step, SmolLM2-135M's layers, K=16, T=60, B=4", "TRL", 15, shape="smollm2", K=16, T=60, B=4, few=True)
+@row("step-50-200", "step, K=50, T=200, B=2", "TRL", 45, shape="tiny", K=50, T=200, B=2)
+@row("step-50-60", "step, K=50, T=60, B=4", "TRL", 26, shape="tiny", K=50, T=60, B=4)
+@row("step-16-60", "step (rollout, loss, backward, AdamW), K=16, T=60, B=8", "TRL", 15, shape="tiny", K=16, T=60, B=8)
+def whole_step(quick, times, shape, K, T, B, few=False):
+    pairs, same = against_trl("smoke" if quick else shape, B, K, T, min(times, 3) if few else times)
+    return ratios(pairs["grpo"], same=same)
+
+
+@row("tenth-50-200", "AdaGRPO step with NLL, 10 % admitted, K=50, T=200, B=2", "TRL, plain GRPO", 60, K=50, T=200, B=2)
+@row("tenth-50-60", "AdaGRPO step with NLL, 10 % admitted, K=50, T=60, B=4", "TRL, plain GRPO", 35, K=50, T=60, B=4)
+@row("tenth-16-60", "AdaGRPO step with NLL, 10 % admitted, K=16, T=60, B=8", "TRL, plain GRPO", 18, K=16, T=60, B=8)
+def a_tenth(quick, times, K, T, B):
+    """Steps in which nobody and in which one prompt is admitted, weighed so that a tenth of the prompts are."""
+    pairs, same = against_trl("smoke" if quick else "tiny", B, K, T, times)
+    share = 0.1 * B  # of the steps that admit one
+    mixed = [((1 - share) * none + share * one, theirs)
+             for (none, theirs), (one, _) in zip(pairs["admits 0"], pairs["admits 1"], strict=True)]
+    nll, grpo = (statistics.median(ours / other for (ours, _), (other, _) in zip(mixed, pairs[name], strict=True))
+                 for name in ("nll", "grpo"))
+    return ratios(mixed, same=same, note=f"{nll:.2f} x NLL alone, {grpo:.2f} x plain GRPO (both ours)")
+
+
+# -- beam search against Hugging Face ----------------------------------------------------------------------------------
+
+
+@row("beams-200", "beam search of width 50, T=200", "Hugging Face generate", 60, T=200, B=2)
+@row("beams-60", "beam search of width 50, T=60", "Hugging Face generate", 25, T=60, B=4)
+def beams(quick, times, T, B, width=50):
+    policy = work.a_policy("smoke" if quick else "tiny", T)
+    history = work.some_prompts(policy, B, T).history
+    same = work.check_beams(policy, history, width)
+    pairs = in_turn(lambda: [work.our_beams(policy, history, width) for _ in range(5)],
+                    lambda: work.their_beams(policy, history, width), times)
+    return ratios([(ours / 5, theirs) for ours, theirs in pairs], same=same)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@row("memory", "peak memory of a step, K=50, T=200, B=2, beyond model and optimizer", "TRL", 15)
+def memory(quick, times):
+    """Each side in a process of its own, which gives freed memory back at once."""
+    sizes = [[], []]
+    for _ in range(1 if quick else 2):
+        for side, found in zip(("ours", "theirs"), sizes, strict=True):
+            command = [sys.executable, __file__, "--memory-of", side, *(["--quick"] if quick else [])]
+            freeing = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+            done = subprocess.run(command, env=freeing, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+            found.append(float(done.stdout.split()[-1]))
+    result = ratios(list(zip(*sizes, strict=True)))
+    note = f"{result['ours'] / 2**20:.0f} MiB against {result['theirs'] / 2**20:.0f} MiB"
+    return result | dict(note=note, ours=None, theirs=None)
+
+
+def resident(key):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def memory_of(side, quick):
+    """Bytes that the second step needs beyond what is held before it: model, optimizer, libraries."""
+    K, T, B = 50, 200, 2
+    policy = work.a_policy("smoke" if quick else "tiny", T)
+    prompts = work.some_prompts(policy, 4 * B, T)
+
+    def begin():
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        return resident("VmRSS")
+
+    if side == "ours":
+        mine = work.steps(policy, prompts, work.settings(B, K))
+        next(mine)
+        held = begin()
+        next(mine)
+    else:
+        class Second(TrainerCallback):
+            def on_step_begin(self, args, state, control, **_):
+                self.held = begin()
+
+            def on_step_end(self, args, state, control, **_):
+                self.peak = resident("VmHWM")
+                control.should_training_stop = state.global_step == 2
+
+        second, trainer = Second(), work.trl_trainer(policy, prompts, B, K, T)
+        del policy
+        trainer.add_callback(second)
+        trainer.train()
+        return second.peak - second.held
+    return resident("VmHWM") - held
+
+
+# -- against the machine, and against ourselves ------------------------------------------------------------------------
+
+
+def sgemm():
+    """Multiplications and additions per CPU second, in the best of a few products of large matrices."""
+    a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
+    torch.mm(a, b, out=out)
+    return max(4 * 2 * 1024**3 / seconds(lambda: [torch.mm(a, b, out=out) for _ in range(4)]) for _ in range(3))
+
+
+def flops(function):
+    """Operations of the products that PyTorch runs, attention's among them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@row("peak", "share of the core's measured peak in products, SmolLM2-135M's layers, K=16, T=60, B=4", "measured sgemm",
+     0.60)
+def share_of_peak(quick, times):
+    """What is counted are the products that the step needs; everything else that it does costs time alone."""
+    policy = work.a_policy("smoke" if quick else "smollm2")
+    mine = work.steps(policy, work.some_prompts(policy, 16, 60), work.settings(4, 16))
+    next(mine)
+    needed = flops(lambda: next(mine))
+    found = []
+    for _ in range(min(times, 5)):
+        before, spent, after = sgemm(), seconds(lambda: next(mine)), sgemm()
+        found.append(needed / spent / ((before + after) / 2))
+    low, middle, high = quartiles(found)
+    return dict(low=low, middle=middle, high=high, n=len(found), unit="", note=f"{needed / 1e9:.0f} GFLOP")
+
+
+@row("growth", "K from 16 to 64 at T=200, B=2: time of a step", "itself", -1.6)
+def growth(quick, times, T=200, B=2):
+    policy = work.a_policy("smoke" if quick else "tiny", T)
+    prompts = work.some_prompts(policy, 16, T)
+    few, many = (work.steps(work.copied(policy), prompts, work.settings(B, K)) for K in (16, 64))
+    return ratios(in_turn(lambda: [next(few) for _ in range(3)], lambda: [next(many) for _ in range(3)], times))
+
+
+@row("core", "core functions, forward and backward, B=64, K=32, M=4", "torch by hand", -1.05)
+def core_functions(quick, times, repeat=50):
+    case = work.core_case()
+    same = work.check_core(case)
+
+    def of(loss):
+        return lambda: [torch.autograd.grad(loss(*case), case[:2]) for _ in range(2 if quick else repeat)]
+
+    return ratios(in_turn(of(work.hand_loss), of(work.core_loss), times), same=same)
+
+
+@row("toy-all", "--toy --method all, CPU time of everything", "on 2 cores", -150, arguments=["--method", "all"])
+@row("toy", "--toy, CPU time of everything", "on 2 cores", -40, arguments=[])
+def toy(quick, times, arguments):
+    """A process of its own, from its start to its table. Its time is that of all its threads."""
+    smoke = ["--sft-steps", "2", "--rl-steps", "1", "--eval-prompts", "40"] if quick else []
+    with tempfile.TemporaryDirectory() as folder:
+        before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+        subprocess.run([sys.executable, ROOT / "nanoadagrpo.py", "--toy", "--device", "cpu", "--out", f"{folder}/run",
+                        *arguments, *smoke], check=True, capture_output=True, cwd=folder)
+        after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.time() - wall
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return dict(low=spent, middle=spent, high=spent, n=1, unit=" s", note=f"{wall:.0f} s on the wall, 1 thread")
+
+
+# -- how cost grows ----------------------------------------------------------------------------------------------------
+
+USUAL = dict(B=4, K=16, T=60, L=3, M=1, N=3000, layers=4, width=256)
+AXES = dict(B=[2, 4, 8], K=[8, 16, 32, 64], T=[30, 60, 120, 240], L=[2, 3, 4, 6], M=[1, 8], N=[3000, 30000, 300000],
+            layers=[2, 4, 8], width=[128, 256, 512])
+
+
+def step_seconds(times, method, B, K, T, L, M, N, layers, width):
+    policy = work.a_policy("tiny", T, L, N, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers)
+    mine = work.steps(policy, work.some_prompts(policy, 4 * B, T), work.settings(B, K, negatives=M), method)
+    next(mine)
+    return statistics.median(seconds(lambda: next(mine)) for _ in range(times))
+
+
+def predicted(everyone, B, K, T, L, M, N, layers, width):
+    """Operations of the products in a step in which everyone is admitted, or nobody."""
+    truth, rollouts = B * (T + L - 1), B * K * (L - 1)  # tokens that are run
+    back = 3 if everyone else 1  # with a way back or without: the way back costs twice the way there
+    tokens, heads = 3 * truth + back * rollouts, 3 * B * L + back * rollouts
+    weights, seen = layers * 16 * width**2, 2 * layers * width * (T + L)  # of a Llama; what a token may see, at most
+    return 2 * (weights + seen) * tokens + 2 * work.V * width * heads
+
+
+def growth_table(quick, times):
+    """A step of plain GRPO (everyone admitted) and of AdaGRPO with nobody admitted, one size at a time."""
+    rows = []
+    for axis, sizes in AXES.items():
+        for size in sizes[:1] if quick else sizes:
+            at = USUAL | {axis: size}
+            cells = [axis, f"{size:,}"]
+            for method, everyone in (("grpo", True), (work.admitting(0), False)):
+                spent, needed = step_seconds(times, method, **at), predicted(everyone, **at)
+                cells += [f"{1000 * spent:.0f}", f"{needed / 1e9:.1f}", f"{needed / spent / 1e9:.0f}"]
+            rows.append(cells)
+            print(" | ".join(cells), flush=True)
+    head = ["size", "", "all admitted: ms", "GFLOP", "GFLOP/s", "none: ms", "GFLOP", "GFLOP/s"]
+    return "\n".join("| " + " | ".join(x) + " |" for x in [head, ["---"] + ["---:"] * 7, *rows])
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def met(target, value):
+    return value >= target if target > 0 else value <= -target
+
+
+def line(name, result):
+    says, peer, target, _ = ROWS[name]
+    unit, digits = result["unit"], 2 if abs(target) < 5 else 1
+    low, middle, high = (f"{result[key]:.{digits}f}" for key in ("low", "middle", "high"))
+    limit = f"{'at least' if target > 0 else 'at most'} {abs(target):g}{unit}"
+    spread = f"{low} to {high} ({result['n']})" if result["n"] > 1 else "once"
+    times = [f"{1000 * result[key]:,.0f}" for key in ("ours", "theirs") if result.get(key)]
+    return [says, peer, limit, f"{middle}{unit}", spread, " / ".join(times), "yes" if met(target, result["middle"])
+            else "**no**", result.get("note", "")]
+
+
+def markdown(rows):
+    head = ["work", "against", "target", "median", "quartiles (pairs)", "ms, ours / theirs", "met", ""]
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def machine():
+    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines()
+                if x.startswith("model name")), platform.processor())
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl")
+                if importlib.util.find_spec(name)]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT,
+                            capture_output=True, text=True).stdout.strip()
+    return (f"{cpu}, {os.cpu_count()} cores of which one is used, shared with others; Python "
+            f"{platform.python_version()}, {', '.join(versions)}, float32, sgemm {sgemm() / 1e9:.0f} GFLOP/s in one "
+            f"thread; seed 0; commit {commit}")
+
+
+def write(text, what="table", page=ROOT / "docs" / "benchmarks.md"):
+    """Between the markers of the page; the rest of it is written by people."""
+    begin, end = f"<!-- {what}: speed.py writes from here -->", f"<!-- {what}: to here -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of: " + ", ".join(sorted(ROWS)))
+    parser.add_argument("--times", type=int, default=10, help="pairs per row")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, two pairs: does everything run and agree?")
+    parser.add_argument("--results", default="", help="a JSON file to add to, so that rows can be run one by one")
+    parser.add_argument("--sizes", action="store_true", help="instead: how a step's time grows with each size")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    if given.memory_of:
+        print(memory_of(given.memory_of, given.quick))
+        return {}
+    unknown = set(given.rows) - set(ROWS)
+    if unknown:
+        parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if given.sizes:
+        text = growth_table(given.quick, 1 if given.quick else 5)
+        print("\n" + text)
+        if given.write:
+            write(f"{text}\n\n{machine()}.", "sizes")
+        return {}
+    saved = Path(given.results) if given.results else None
+    results = json.loads(saved.read_text()) if saved and saved.exists() else {}
+    for name in given.rows or list(ROWS):
+        if "TRL" in ROWS[name][1] and not importlib.util.find_spec("trl"):
+            print(f"{name}: left out, TRL is not installed", flush=True)
+            continue
+        results[name] = ROWS[name][3](given.quick, 2 if given.quick else given.times)
+        agree = ", ".join(f"{what} {x:.1e}" for what, x in results[name].get("same", {}).items())
+        print(f"{name}: {' | '.join(line(name, results[name])[2:])}" + (f"; agreement: {agree}" if agree else ""),
+              flush=True)
+        if saved:
+            saved.write_text(json.dumps(results, indent=1))
+    order = ["step-16-60", "step-50-60", "step-50-200", "tenth-16-60", "tenth-50-60", "tenth-50-200", "smollm2",
+             "beams-60", "beams-200", "memory", "peak", "growth", "core", "toy", "toy-all"]
+    text = markdown([line(name, results[name]) for name in order if name in results])
+    print("\n" + text)
+    if given.write:
+        write(f"{text}\n\n{machine()}.")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""The yardsticks, against what counting by hand gives on a few rows."""
+
+import dataclasses
+import json
+import math
+
+import compare
+import pytest
+import torch
+
+import nanoadagrpo as nano
+
+CODES = [(i, 0) for i in range(12)]
+BOUGHT = [5, 5, 5, 5, 2, 2, 2, 7, 7, 0]  # by popularity: 5, 2, 7, 0, and then the rest in their order
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "catalogue.json").write_text(json.dumps(CODES))
+    rows = {"train": [(1, item) for item in BOUGHT], "valid": [(1, 2)], "test": [(1, 5), (3, 7), (1, 0), (4, 11)]}
+    for name, pairs in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"history": [CODES[history]], "target": CODES[target]}) + "\n" for history, target in pairs))
+    return tmp_path
+
+
+def test_popularity_serves_everyone_the_same_list(folder):
+    data = nano.load_data(folder, nano.Settings(device="cpu"))
+    found = compare.serve(compare.popularity(data), data.test, batch=3)
+    # Places 1, 3, 4, and 12: seven of the others stand before item 11.
+    assert found == pytest.approx({"hr@1": 1 / 4, "hr@10": 3 / 4, "hr@50": 1.0,
+                                   "ndcg@10": (1 + 1 / math.log2(4) + 1 / math.log2(5)) / 4})
+
+
+def test_the_ranker_alone_ranks_the_whole_catalogue_item_by_item(folder):
+    cfg = nano.Settings(device="cpu")
+    data = nano.load_data(folder, cfg)
+    ranker = nano.train_ranker(data.catalogue, data.log, cfg)
+    ranks = []
+    for history, target in zip(data.test.history, data.test.target.tolist(), strict=True):
+        p = [ranker.probabilities(history[None], torch.tensor([[item]]))["click"].item() for item in range(12)]
+        ranks.append(1 + sum(other > p[target] for other in p))
+    found = compare.serve(compare.ranker_alone(data, cfg), data.test)
+    assert found["hr@1"] == sum(rank == 1 for rank in ranks) / 4 and found["hr@10"] == sum(r <= 10 for r in ranks) / 4
+    assert len(set(ranks)) > 1
+
+
+def test_the_table_holds_mean_and_spread_over_runs_and_differences_within_them(folder, tmp_path, capsys):
+    runs = []
+    for seed, nll, gated in ((0, 0.10, 0.13), (1, 0.30, 0.31)):
+        run = tmp_path / f"s{seed}"
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data=str(folder), seed=seed))))
+        lines = [{"phase": "rl", "method": "nll", "step": 1, "nll": 3.0}]
+        for name, hit, admitted in (("base", 0.05, None), ("nll", nll, 0.0), ("adagrpo", gated, 0.1)):
+            metrics = {"hr@1": 0.01, "hr@10": hit, "hr@50": 0.5, "ndcg@10": 0.04, "hallucination": 0.2}
+            metrics |= {} if admitted is None else {"admitted": admitted}
+            lines.append({"phase": "test", "method": name, "step": 1, **metrics})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(run)
+    rows = compare.main([str(run) for run in runs])
+    printed = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    cells = {row[0]: row[1:] for row in printed[2:]}
+    assert list(cells) == ["base", "nll", "adagrpo", "popularity", "ranker alone"]
+    # Of 13 and 31 %: mean 22, deviations of 9, so a sample standard deviation of 9 * sqrt(2). Differences 3 and 1.
+    assert cells["adagrpo"][1] == "22.00 ± 12.73" and cells["adagrpo"][-1] == "+2.00 ± 1.41"
+    assert cells["adagrpo"][5] == "10.00 ± 0.00" and cells["base"][5] == ""
+    assert cells["popularity"][1] == "75.00 ± 0.00" and cells["popularity"][4] == ""
+    assert cells["popularity"][-1] == "+55.00 ± 14.14"
+    assert [one["hr@10"] for one in rows["popularity"]] == [0.75, 0.75]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""The benchmarks' own checks, on small models: both sides compute the same, and a difference shows."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import speed
+import work
+
+
+@pytest.mark.parametrize("T", [20, 61])
+def test_a_step_of_the_tree_has_the_loss_and_the_gradient_of_repeating_the_prompt(T):
+    policy = work.a_policy("smoke", T)
+    history = work.some_prompts(policy, 3, T).history
+    assert work.prompt_ids(policy, history).shape == (3, T)
+    assert work.check_step(policy, history, 5)["gradient"] < 2e-5
+
+
+def test_beams_are_those_of_hugging_face():
+    policy = work.a_policy("smoke", 20)
+    assert work.check_beams(policy, work.some_prompts(policy, 3, 20).history, 12)["in the same place"] > 0.9
+
+
+def test_the_cores_loss_and_gradients_are_those_of_torch_by_hand():
+    case = work.core_case(B=16, K=12)
+    assert max(work.check_core(case).values()) < 1e-5
+    assert case[0].requires_grad and torch.autograd.grad(work.core_loss(*case), case[0])[0].abs().max() > 0
+
+
+def test_a_side_that_computes_something_else_is_not_timed():
+    with pytest.raises(AssertionError, match="differ by"):
+        work.same("loss", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 1e-5)
+
+
+def test_rows_without_a_peer_run_and_are_written_between_the_markers(tmp_path, capsys):
+    results = speed.main(["--quick", "--rows", "beams-60", "core", "growth"])
+    assert all(0 < row["low"] <= row["middle"] <= row["high"] for row in results.values())
+    assert capsys.readouterr().out.count("\n| ") == 2 + 3
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: speed.py writes from here -->\nold\n<!-- table: to here -->\nafter\n")
+    speed.write("| new |", page=page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| new |" in text and "old" not in text
+
+
+def test_a_ratio_meets_a_target_from_above_and_a_time_from_below():
+    assert speed.met(15, 15.1) and not speed.met(15, 14.9)
+    assert speed.met(-1.6, 1.5) and not speed.met(-1.6, 1.7)
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed")
+def test_trl_computes_the_same_and_is_timed():
+    results = speed.main(["--quick", "--rows", "step-16-60", "tenth-16-60"])
+    assert results["step-16-60"]["same"]["gradient"] < 5e-5 and results["tenth-16-60"]["middle"] > 0
