@@ -244,7 +244,7 @@ def table_influence(results, width):
                      for key, scale, digits in (("llm_rank", 1, 1), ("rm_rank", 1, 1), ("influence", 1, 1),
                                                 ("coverage", 100, 1), ("spearman", 1, 3), ("misled", 100, 1))]
             rows.append([title, "the ranker" if ranker == "ranker" else "random", *cells])
-    return markdown(rows)
+    return markdown(rows, text=2)
 
 
 def table_main(results, rule, checkpoint):
@@ -464,7 +464,7 @@ def page(results, command, root):
     """The paragraphs of docs/results.md."""
     cfg, seeds = results.cfg, results.seeds
     overlap = sorted(set(seeds) & set(results.tuned_on))
-    yield "# Results on the toy shop"
+    yield "## The toy shop"
     yield ("*Written by `docs/evidence/run.py`; edit that instead.* Does it matter when a policy trusts its reward? "
            "Every table and figure of the paper, on a made-up shop whose truth is known ([toy.md](toy.md)), beside "
            "controls that could refute it: supervision alone, continued; a gate of equal coverage that admits at "
@@ -486,13 +486,13 @@ def page(results, command, root):
            "bold where 0 lies outside. HR, NDCG and hallucination are in percent, their differences in points. "
            "Definitions: [metrics.md](metrics.md). *True utility* is the mean over the first 10 valid beams. "
            "No correction is made for the number of comparisons.")
-    yield "## Verdicts"
+    yield "### Verdicts"
     yield ("The rule is code (`verdict` in `docs/evidence/arithmetic.py`): a finding is *seen* under a dose rule if "
            "all of its differences, turned so that the claim says \"above 0\", have intervals above 0. *Confirmed*: "
            "seen under every dose rule. *Only at ...*: under that one alone. *The opposite*: an interval below 0. All "
            "at the final checkpoint unless said otherwise.")
     yield table_verdicts(results)
-    yield "## Doses"
+    yield "### Doses"
     if "tuned" in results.rules:
         yield ("The paper compares at equal lambda. But an equal weight is not an equal dose: a gate that admits a "
                f"tenth applies a tenth. So beside it every method gets the dose with the highest HR@10 on validation, "
@@ -501,7 +501,7 @@ def page(results, command, root):
     else:
         yield "Doses were not chosen on validation: `--tune` has not been run. Only equal lambda is reported."
     yield table_doses(results)
-    yield "## Tables 1 to 3: what the ranker does to the truth's rank"
+    yield "### Tables 1 to 3: what the ranker does to the truth's rank"
     yield ("Beams of the base policy; the truth is inserted in both pools, as in eq. 6 and 8. Influence is LLM rank − "
            "RM rank. *Random* gives every item a random score: choosing instances by both ranks forces an "
            "influence by itself, and its rows say how much. *Correlation* is Spearman's, of reward and true utility, "
@@ -510,23 +510,23 @@ def page(results, command, root):
         yield f"**W = {width}**, {n} prompts a seed"
         yield table_influence(results, width)
     for rule in results.rules:
-        yield f"## Table 4, {RULES[rule]}: final checkpoint"
+        yield f"### Table 4, {RULES[rule]}: final checkpoint"
         yield table_main(results, rule, "final")
         yield "Differences:"
         yield table_differences(results, rule, "final")
         yield "By context:"
         yield table_contexts(results, rule)
-        yield f"## Table 4, {RULES[rule]}: best checkpoint"
+        yield f"### Table 4, {RULES[rule]}: best checkpoint"
         steps = [str(point["step"]) for point in results.arms[rule]["nll"][0]["curve"]]
         yield (f"Of the steps {', '.join(steps)}, the one with the highest HR@10 on validation, for each method and "
                "seed.")
         yield table_main(results, rule, "best")
         yield table_differences(results, rule, "best", ("hr@10", "hallucination"))
-        yield f"## Table 5, {RULES[rule]}"
+        yield f"### Table 5, {RULES[rule]}"
         yield ("Five bins of equally many prompts, by the rank that the base policy gives the truth among its beams; "
                "beyond the beams, by the likelihood that it gives the truth.")
         yield table_bins(results, rule)
-        yield f"## Table 6, {RULES[rule]}: a simulated A/B test"
+        yield f"### Table 6, {RULES[rule]}: a simulated A/B test"
         yield ("In every world users are split at random, and both arms serve in the same period: on each visit of the "
                "test period the first 10 valid beams are shown. A reader clicks with probability sigmoid(true utility "
                f"− {results.world.click_at:g}), the click model of the log without its bait, and stays {DWELL:g} · "
@@ -535,11 +535,11 @@ def page(results, command, root):
                "shown does not change a user's life. Relative lifts in percent; 95 % normal intervals from the "
                "variance over users, pooled over worlds.")
         yield table_ab(results, rule)
-    yield "## Figure 3: training dynamics"
+    yield "### Figure 3: training dynamics"
     yield "On validation prompts: mean over seeds, and a 95 % band of the change since the base policy."
     yield "![HR@10, hallucination, click reward and admission over steps, per method](evidence/dynamics.png)"
     if results.knob:
-        yield "## How unevenly can the ranker be trusted?"
+        yield "### How unevenly can the ranker be trusted?"
         yield (f"`bait` turns clicks away from utility in half of the contexts. Seeds "
                f"{', '.join(map(str, results.knob_seeds))}. The oracle gate admits the contexts without bait (at 0, "
                "everyone). Whiskers: 95 %."
