@@ -257,9 +257,11 @@ def parse(argv):
     add("--knob-rule", choices=("equal", "tuned", "both"), default="tuned", help="its dose rule")
     add("--tune", action="store_true", help="choose a dose for every method on validation, write --dose, and stop")
     add("--baits", type=lambda text: [float(x) for x in text.split(",")], default=list(BAITS), help="to tune for")
-    add("--dose", type=Path, default=HERE / "dose.json", help="what --tune found; absent: only the equal rule is run")
+    add("--dose", type=Path, help="what --tune found (default docs/evidence/dose.json; OUT/dose.json with --size small); "
+                               "absent: only the equal rule is run")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/evidence") / ("" if args.size == "default" else args.size)
+    args.dose = args.dose or (HERE if args.size == "default" else args.out) / "dose.json"
     args.page = args.page or (ROOT / "docs/results.md" if args.size == "default" else args.out / "results.md")
     if not (args.seeds or args.tune):
         raise BadInput("--seeds: say which, such as 100-109")
