@@ -257,8 +257,8 @@ def parse(argv):
     add("--knob-rule", choices=("equal", "tuned", "both"), default="tuned", help="its dose rule")
     add("--tune", action="store_true", help="choose a dose for every method on validation, write --dose, and stop")
     add("--baits", type=lambda text: [float(x) for x in text.split(",")], default=list(BAITS), help="to tune for")
-    add("--dose", type=Path, help="what --tune found (default docs/evidence/dose.json; OUT/dose.json with --size small); "
-                               "absent: only the equal rule is run")
+    add("--dose", type=Path, help="what --tune found (default docs/evidence/dose.json, of small OUT/dose.json); "
+                                  "absent: only the equal rule is run")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/evidence") / ("" if args.size == "default" else args.size)
     args.dose = args.dose or (HERE if args.size == "default" else args.out) / "dose.json"

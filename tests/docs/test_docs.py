@@ -346,3 +346,12 @@ def test_every_key_that_the_pages_words_mention_is_logged(logged):
     other = {"max", *logged, *nano.METHODS}  # a tie rule, the phases, the methods
     other |= {"seconds", "memory", "ru_maxrss"}  # of machine.jsonl; see tests/nano/test_options.py
     assert mentioned - other <= known
+
+
+def test_what_the_results_say_is_what_the_tables_say():
+    """Each number with a sign and two digits, and its interval, stands in the part that the driver wrote."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("−", "-")
+    tables, _, rest = text.partition("<!-- /toy -->")
+    said = rest.partition("### What it says")[2].partition("\n## ")[0]
+    numbers = re.findall(r"[+-]\d+\.\d\d(?: \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\])?", " ".join(said.split()))
+    assert len(numbers) > 10 and [number for number in numbers if number not in tables] == []

@@ -99,7 +99,7 @@ def test_doses_are_the_best_of_those_tried(finished):
 def test_the_page_holds_every_table_and_figure(finished):
     folder, _, _ = finished
     text = (folder / "results.md").read_text()
-    headings = re.findall(r"^## (.*)$", text, re.M)
+    headings = re.findall(r"^### (.*)$", text, re.M)
     for rule in report.RULES.values():
         for table in ("Table 4, {}: final checkpoint", "Table 4, {}: best checkpoint", "Table 5, {}",
                       "Table 6, {}: a simulated A/B test"):
