@@ -107,6 +107,7 @@ class Settings:
     sft_steps: int = option(400, "supervised steps that make the base policy")
     sft_batch_size: int = option(128, "prompts per supervised step")
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
+    sft_eval_every: int = option(0, "supervised steps between two points of their validation curve; 0: none")
     rl_steps: int = option(200, "steps of --method, each on a fresh batch of rollouts")
     batch_size: int = option(32, "B, prompts per step of --method, of all processes together")
     micro_batch_size: int = option(0, "prompts that one process runs at once; saves memory, changes no loss; 0: all")
@@ -930,8 +931,8 @@ def from_the_start(order, phase, learner, dice):
     return enumerate(order)
 
 
-def train_sft(policy, prompts, cfg, log, steps=from_the_start):
-    """The base policy: the mean NLL of the next item (eq. 2), nothing else."""
+def train_sft(policy, prompts, cfg, log, steps=from_the_start, after=lambda step: None):
+    """The base policy: the mean NLL of the next item (eq. 2), nothing else. `after` each step, someone may look."""
     B = cfg.sft_batch_size
     learner = Learner(policy.model, cfg.sft_lr, cfg.sft_steps)
     order = batches(len(prompts.target), B, cfg.sft_steps, stream(cfg.seed, "sft"))
@@ -943,6 +944,7 @@ def train_sft(policy, prompts, cfg, log, steps=from_the_start):
             (nll[-1].sum() / B).backward()
         norm, lr = learner.step()
         log(phase="sft", step=step + 1, lr=lr, nll=gather(nll).mean(), gradient_norm=norm)
+        after(step + 1)
 
 
 # == 6. The step: roll out, score, judge, learn =======================================================================
@@ -1357,14 +1359,18 @@ def run(cfg):
     ranker = train_ranker(data.catalogue, data.log, cfg)
     reward = reward or make_reward(ranker, cfg)
     names = list(METHODS) if cfg.method == "all" else [cfg.method]
-    if not any(map(checkpoints.at, names)):
-        train_sft(policy, data.sft, cfg, log, checkpoints.steps)
-
     test = subset(data.test, cfg.eval_prompts, cfg.seed, "test")
     valid = subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")
+
+    def look(step):
+        if cfg.sft_eval_every and (step % cfg.sft_eval_every == 0 or step == cfg.sft_steps):
+            log(phase="sft_valid", method="base", step=step, **evaluate(policy, ranker, valid, cfg)[0])
+
+    if not any(map(checkpoints.at, names)):
+        train_sft(policy, data.sft, cfg, log, checkpoints.steps, look)
     base = checkpoints.base or {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     checkpoints.base = base if len(names) > 1 else {}  # the others start from it
-    starts = (log.found("valid") or [evaluate(policy, ranker, valid, cfg)[0]])[0]
+    starts = (log.found("valid") or log.found("sft_valid")[-1:] or [evaluate(policy, ranker, valid, cfg)[0]])[0]
     if not log.found("test", "base"):
         log(phase="test", method="base", step=0, **evaluate(policy, ranker, test, cfg)[0])
 

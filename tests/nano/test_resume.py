@@ -95,6 +95,24 @@ def test_a_run_of_all_methods_stopped_again_and_again_goes_on_to_the_same_bits(f
     assert len(made(folder / "here")[0]) > 3 * len(nano.METHODS)
 
 
+@pytest.mark.parametrize("lines", [2, 3, 6, 9, 13])
+def test_looking_at_the_supervised_steps_changes_no_other_line_and_resumes_to_the_same_bits(shop, monkeypatch, lines):
+    look = ["--sft-eval-every", "2"]
+    begin("looked", *look)
+    rows, plain = ([json.loads(line) for line in (shop / out / "metrics.jsonl").read_text().splitlines()]
+                   for out in ("looked", "whole"))
+    seen = [row for row in rows if row["phase"] == "sft_valid"]
+    assert [row for row in rows if row not in seen] == plain
+    assert made(shop / "looked")[1] == made(shop / "whole")[1]
+    assert [(row["method"], row["step"]) for row in seen] == [("base", 2), ("base", 4), ("base", 5)]
+    start = next(row for row in plain if row["phase"] == "valid")
+    assert seen[-1] == {**start, "phase": "sft_valid", "method": "base", "step": 5}
+    assert seen[0].keys() == start.keys() and seen[0] != {**seen[-1], "step": 2}, "the policy was moving"
+    stopped_after(monkeypatch, lines, lambda: begin("here", *look))
+    resume("here")
+    assert made(shop / "here") == made(shop / "looked")
+
+
 def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone(folder, monkeypatch):
     jsonl(folder / "shop")
     options = ["--model", save_model(folder / "model"), "--sft-lr", "1e-2"]
