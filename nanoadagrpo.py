@@ -96,7 +96,7 @@ class Settings:
     toy: bool = option(False, "train in a made-up shop: no data needed")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
     model: str = option("", "causal language model to start from, hub name or folder (default: a tiny new one)")
-    method: str = option("adagrpo", "one of the methods above, or all")
+    method: str = option("adagrpo", "one of the methods above, several with commas between them, or all")
     seed: int = option(0, "decides everything random; equal seeds give equal numbers on a CPU")
     out: str = option("", "folder for the results, must not exist yet (default: a new one under runs/)")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
@@ -142,20 +142,23 @@ class Settings:
             raise BadInput(f"--seed {self.seed}: too large; use a number below 2**63")
         if not (self.bait <= 1 and abs(self.floor) < float("inf")):
             raise BadInput(f"--bait {self.bait} --floor {self.floor}: bait lies between 0 and 1, floor is finite")
-        for name, known in {"method": [*METHODS, "all"], "dtype": ["auto", "float32", "bfloat16"],
-                            "log_to": ["", "tensorboard", "wandb", "trackio"]}.items():
-            if (value := getattr(self, name)) not in known:
+        if len(set(names := methods(self))) < len(names):
+            raise BadInput(f"--method {self.method}: names a method twice; leave one out")
+        for name, value, known in [*(("method", one, [*METHODS, "all"]) for one in names),
+                                   ("dtype", self.dtype, ["auto", "float32", "bfloat16"]),
+                                   ("log_to", self.log_to, ["", "tensorboard", "wandb", "trackio"])]:
+            if value not in known:
                 hint = difflib.get_close_matches(value, known, 1)
                 raise BadInput(f"--{dashed(name)} {value}: " + (f"did you mean {hint[0]}? " if hint else "")
                                + f"Choose from {', '.join(filter(None, known))}")
-        if self.batch_size == 1 and self.method != "nll" and self.negatives_from == "rollouts":
+        if self.batch_size == 1 and names != ["nll"] and self.negatives_from == "rollouts":
             raise BadInput("--batch-size 1: negatives come from the other prompts of a batch; use 2 or more")
-        if self.group_size == 1 and self.method != "nll":
+        if self.group_size == 1 and names != ["nll"]:
             raise BadInput("--group-size 1: a rollout is judged by the others of its group; use 3 or more")
         # The core knows which tau, rho, epsilon, K and M cannot work; ask it now instead of after the supervised steps.
         B, K, M = self.batch_size, self.group_size, self.negatives
         try:
-            if self.method != "nll":
+            if names != ["nll"]:
                 core.group_advantages(np.zeros((1, K)))
                 core.reliability(np.zeros(1), np.zeros((1, K)), np.zeros((1, M)), tau=self.tau, rho=self.rho)
                 if self.negatives_from == "rollouts":
@@ -168,6 +171,12 @@ class Settings:
 
 class BadInput(ValueError):
     """Something the user gave cannot work; the message is one line that says what, where and how to mend it."""
+
+
+def methods(cfg):
+    """Their names, in the order in which they are run; each starts from the same base."""
+    names = cfg.method.split(",")
+    return list(METHODS) if "all" in names else names
 
 
 def dashed(name):
@@ -1321,9 +1330,9 @@ def picture(rows, path):
     colours = dict(zip(METHODS, ["k", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73"], strict=True))
     panels = {"HR@10 (%)": ("valid", "hr@10", 100), "hallucination (%)": ("valid", "hallucination", 100),
               "ranker's p(click), best of 10": ("valid", "click_reward@10", 1), "admitted (%)": ("rl", "admitted", 100)}
-    methods = dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl")
+    trained = dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl")
     for axes, (title, (phase, key, scale)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        for method in methods:
+        for method in trained:
             mine = [row for row in rows if row["phase"] == phase and row["method"] == method and key in row]
             x, y = [row["step"] for row in mine], [row[key] * scale for row in mine]
             if phase == "rl":  # one batch admits in steps of 1/B: show the mean of the last twenty
@@ -1358,7 +1367,7 @@ def run(cfg):
 
     ranker = train_ranker(data.catalogue, data.log, cfg)
     reward = reward or make_reward(ranker, cfg)
-    names = list(METHODS) if cfg.method == "all" else [cfg.method]
+    names = methods(cfg)
     test = subset(data.test, cfg.eval_prompts, cfg.seed, "test")
     valid = subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")
 
