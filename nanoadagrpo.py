@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -690,8 +691,11 @@ class Policy:
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
 
-    def run(self, ids, visible, positions, cache=None):
-        """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache."""
+    def run(self, ids, visible, positions, cache=None, unasked=0):
+        """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache.
+
+        Nobody will ask the first `unasked` of them what comes next: their `hidden` is worth nothing.
+        """
         model = self.model
         # An additive mask, since some attention implementations add a boolean one; and finite (in float32 too, where
         # the softmax may run), since a padding row that sees nothing would otherwise be NaN.
@@ -700,7 +704,7 @@ class Policy:
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         mask = mask.masked_fill(~visible, blocked).unsqueeze(1)
         cache = DynamicCache(cache)  # wraps, copies nothing: a prompt can be grown upon many times
-        with self.precision():
+        with self.precision(), last_layer_without(unasked, model):
             hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                                       use_cache=True).last_hidden_state
         return hidden, [(layer.keys, layer.values) for layer in cache.layers]
@@ -730,8 +734,38 @@ class Policy:
             ids, visible = torch.cat([ids, self.vocabulary[after]], 1), F.pad(visible, (0, after.shape[1]), value=True)
         causal = visible.new_ones(ids.shape[1], ids.shape[1]).tril()
         positions = (visible.cumsum(1) - 1).clamp(min=0)
-        hidden, cache = self.run(ids, visible.unsqueeze(1) & causal, positions)
+        hidden, cache = self.run(ids, visible.unsqueeze(1) & causal, positions, unasked=T - 1)
         return Trunk(cache, visible, self.logp(hidden[:, T - 1 :]))
+
+
+LATE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")  # what comes after, or has no part in, keys and values
+
+
+@contextlib.contextmanager
+def last_layer_without(unasked, model):
+    """Until this ends, the last layer makes nothing but keys and values of the first `unasked` tokens.
+
+    Nobody asks a prompt's earlier tokens what comes next, so what the modules in LATE would say of them in the last
+    layer serves none: these get the other tokens alone, and zeros stand for the rest. A layer that has no modules of
+    such names stays whole.
+    """
+    def shorter(module, given):
+        return tuple(x[:, unasked:].contiguous() for x in given)
+
+    def as_long_as_before(module, given, made):
+        made, *more = made if isinstance(made, tuple) else (made,)  # a mixture of experts also says whom it asked
+        made = F.pad(made, (0, 0, unasked, 0))
+        return (made, *more) if more else made
+
+    lists = [x for x in model.base_model.modules() if isinstance(x, nn.ModuleList)][:1]  # the layers come first
+    hooks = []
+    for part in [x for layers in lists for name, x in layers[-1].named_modules() if unasked and name in LATE]:
+        hooks += [part.register_forward_pre_hook(shorter), part.register_forward_hook(as_long_as_before)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def grow(policy, prompt, pick):

@@ -4,15 +4,13 @@ and a traced array has none."""
 
 from fractions import Fraction
 
-from ._compat import array_namespace
-
 AXES = {"B": "prompts", "K": "rollouts per prompt", "M": "negatives", "L": "tokens", "L*": "tokens", "N": "rows"}
 REAL = ("real floating",)
 NUMBER = ("integral", "real floating")
 TIES = ("min", "max", "average")
 
 
-def check_shape(name, array, letters, sizes, *, kind=REAL):
+def check_shape(xp, name, array, letters, sizes, *, kind=REAL):
     """Refuse an array whose axes are not ``letters`` or disagree with ``sizes``, then note its sizes there.
 
     ``kind`` is a dtype kind in the array API's names, or None for any.
@@ -29,22 +27,21 @@ def check_shape(name, array, letters, sizes, *, kind=REAL):
         if n < 1:
             raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
     if kind is not None:
-        check_dtype(name, array, kind)
+        check_dtype(xp, name, array, kind)
 
 
-def check_same_shape(name, array, like_name, like, *, kind):
+def check_same_shape(xp, name, array, like_name, like, *, kind):
     """Refuse an array that has not exactly the shape of another."""
     if tuple(array.shape) != tuple(like.shape):
         raise ValueError(
             f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(array.shape)}; "
             f"nothing broadcasts, so give it one entry per entry of {like_name}"
         )
-    check_dtype(name, array, kind)
+    check_dtype(xp, name, array, kind)
 
 
-def check_dtype(name, array, kind):
+def check_dtype(xp, name, array, kind):
     """Refuse a dtype that is not of ``kind`` (the array API's names)."""
-    xp = array_namespace(array)
     if not xp.isdtype(array.dtype, kind):
         wanted = kind if isinstance(kind, str) else " or ".join(kind)
         raise ValueError(f"{name}: expected a {wanted} dtype, got {array.dtype}; convert it first, with xp.astype")

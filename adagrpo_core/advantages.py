@@ -48,7 +48,7 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     """
     xp = array_namespace(rewards)
     sizes = {}
-    check_shape("rewards", rewards, "B K", sizes)
+    check_shape(xp, "rewards", rewards, "B K", sizes)
     check_positive("eps", eps, zero_too=True)
     check_positive("correction", correction, zero_too=True)
     if sizes["K"] <= correction:
@@ -115,8 +115,8 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     """
     xp = array_namespace(advantages, clip)
     sizes = {}
-    check_shape("advantages", advantages, "B K", sizes)
-    check_shape("clip", clip, "B", sizes, kind="bool")
+    check_shape(xp, "advantages", advantages, "B K", sizes)
+    check_shape(xp, "clip", clip, "B", sizes, kind="bool")
     check_scalar("lam", lam)
     K = sizes["K"]
     wide = stop_gradient(widen(advantages))

@@ -3,7 +3,7 @@
 
 from ._checks import as_fraction, check_shape, check_tau
 from ._compat import array_namespace
-from .ranks import doubled_policy_rank, doubled_reward_ranks
+from .ranks import doubled_ranks, policy_pool, reward_pool
 
 
 def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = "min"):
@@ -48,11 +48,10 @@ def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = 
     >>> difficulty(np.asarray([-0.5, -1.5, float("nan")]), rollouts).tolist()
     [False, True, False]
     """
-    xp = array_namespace(target_logp, rollout_logp)
-    doubled = doubled_policy_rank(target_logp, rollout_logp, ties=ties)
+    entries, pool = policy_pool(target_logp, rollout_logp)
     K = rollout_logp.shape[1]
-    hard = doubled > _doubled_threshold(check_tau(tau, K), K)
-    return hard & ~xp.isnan(target_logp) & ~xp.any(xp.isnan(rollout_logp), axis=1)
+    hard = doubled_ranks(entries, pool, ties)[:, 0] > _doubled_threshold(check_tau(tau, K), K)
+    return hard & _comparable(pool)
 
 
 def reliability(
@@ -104,15 +103,12 @@ def reliability(
     >>> reliability(np.asarray([0.9, 0.9]), rollouts, np.asarray([[0.1], [0.8]])).tolist()
     [True, False]
     """
-    xp = array_namespace(target_reward, rollout_rewards, negative_rewards)
-    target, negatives = doubled_reward_ranks(target_reward, rollout_rewards, negative_rewards, ties=ties)
-    K = rollout_rewards.shape[1]
-    prominent = target <= _doubled_threshold(check_tau(tau, K), K)
-    suppressed = xp.all(negatives > _doubled_threshold(1 - as_fraction("rho", rho), K), axis=1)
-    certain = ~xp.isnan(target_reward)
-    for rewards in (rollout_rewards, negative_rewards):
-        certain = certain & ~xp.any(xp.isnan(rewards), axis=1)
-    return prominent & suppressed & certain
+    entries, pool = reward_pool(target_reward, rollout_rewards, negative_rewards)
+    xp, K = array_namespace(pool), rollout_rewards.shape[1]
+    doubled = doubled_ranks(entries, pool, ties)
+    prominent = doubled[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
+    suppressed = xp.all(doubled[:, 1:] > _doubled_threshold(1 - as_fraction("rho", rho), K), axis=1)
+    return prominent & suppressed & _comparable(pool)
 
 
 def sample_clip(difficult, reliable, /):
@@ -152,11 +148,16 @@ def sample_clip(difficult, reliable, /):
     >>> sample_clip(np.asarray([True, True, False]), np.asarray([True, False, True])).tolist()
     [True, False, False]
     """
-    array_namespace(difficult, reliable)
+    xp = array_namespace(difficult, reliable)
     sizes = {}
-    check_shape("difficult", difficult, "B", sizes, kind="bool")
-    check_shape("reliable", reliable, "B", sizes, kind="bool")
+    check_shape(xp, "difficult", difficult, "B", sizes, kind="bool")
+    check_shape(xp, "reliable", reliable, "B", sizes, kind="bool")
     return difficult & reliable
+
+
+def _comparable(pool):
+    """Whether a row (B, P) holds no NaN, which alone differs from itself."""
+    return array_namespace(pool).all(pool == pool, axis=1)
 
 
 def _doubled_threshold(fraction, K):

@@ -153,7 +153,7 @@ def group_by(index, /) -> GroupOrder:
     ([7, 7, 3, 3], [0, 2, 1, 3], [7, 3, 7, 3])
     """
     xp = array_namespace(index)
-    check_shape("index", index, "N", {}, kind=None)
+    check_shape(xp, "index", index, "N", {}, kind=None)
     ids, sizes = xp.unique_counts(index)
     most, least = int(xp.argmax(sizes)), int(xp.argmin(sizes))
     if int(sizes[most]) != int(sizes[least]):
@@ -215,7 +215,7 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     sizes = {}
     check_count("k", k)
     check_count("m", m)
-    check_shape("keys", keys, "B N", sizes, kind=NUMBER)
+    check_shape(xp, "keys", keys, "B N", sizes, kind=NUMBER)
     B, N = sizes["B"], sizes["N"]
     if B * k != N:
         raise ValueError(

@@ -94,18 +94,18 @@ def reward_influence(llm_rank, rm_rank, /, *, hard=None, discriminable=None) -> 
     """
     xp = array_namespace(llm_rank, rm_rank, hard, discriminable)
     sizes = {}
-    check_shape("llm_rank", llm_rank, "B", sizes, kind=NUMBER)
-    check_shape("rm_rank", rm_rank, "B", sizes, kind=NUMBER)
+    check_shape(xp, "llm_rank", llm_rank, "B", sizes, kind=NUMBER)
+    check_shape(xp, "rm_rank", rm_rank, "B", sizes, kind=NUMBER)
     ranks = xp.astype(llm_rank, xp.float32), xp.astype(rm_rank, xp.float32)
     overall = _stratum(*ranks, xp.ones_like(llm_rank, dtype=xp.bool))
     if hard is None:
         if discriminable is not None:
             raise ValueError("hard: expected shape (B,) beside discriminable, got None; pass difficulty(...)")
         return RewardInfluence(overall, None, None)
-    check_shape("hard", hard, "B", sizes, kind="bool")
+    check_shape(xp, "hard", hard, "B", sizes, kind="bool")
     if discriminable is None:
         return RewardInfluence(overall, _stratum(*ranks, hard), None)
-    check_shape("discriminable", discriminable, "B", sizes, kind="bool")
+    check_shape(xp, "discriminable", discriminable, "B", sizes, kind="bool")
     return RewardInfluence(overall, _stratum(*ranks, hard), _stratum(*ranks, hard & discriminable))
 
 

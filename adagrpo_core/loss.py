@@ -90,9 +90,9 @@ def length_normalized(token_logp, /, mask=None):
             f"token_logp: expected shape (..., L) with L >= 1, got {tuple(token_logp.shape)}; "
             "put the tokens on the last axis"
         )
-    check_dtype("token_logp", token_logp, REAL)
-    counts = _counting_tokens("mask", mask, "token_logp", token_logp)
-    return xp.astype(_token_mean(widen(token_logp), counts, float("nan")), token_logp.dtype, copy=False)
+    check_dtype(xp, "token_logp", token_logp, REAL)
+    _check_mask(xp, "mask", mask, "token_logp", token_logp)
+    return xp.astype(_token_mean(widen(token_logp), mask, float("nan")), token_logp.dtype, copy=False)
 
 
 def nll_loss(target_token_logp, /, mask=None):
@@ -132,9 +132,9 @@ def nll_loss(target_token_logp, /, mask=None):
     >>> nll_loss(np.asarray([[-1.0, -2.0, -6.0]])).tolist()
     [3.0]
     """
-    array_namespace(target_token_logp, mask)
-    check_shape("target_token_logp", target_token_logp, "B L", {})
-    _counting_tokens("mask", mask, "target_token_logp", target_token_logp)
+    xp = array_namespace(target_token_logp, mask)
+    check_shape(xp, "target_token_logp", target_token_logp, "B L", {})
+    _check_mask(xp, "mask", mask, "target_token_logp", target_token_logp)
     return -length_normalized(target_token_logp, mask)
 
 
@@ -208,30 +208,34 @@ def grpo_loss(
     """
     xp = array_namespace(token_logp, old_token_logp, advantages, mask, clip, ref_token_logp)
     sizes = {}
-    check_shape("token_logp", token_logp, "B K L", sizes)
-    check_shape("old_token_logp", old_token_logp, "B K L", sizes)
-    check_shape("advantages", advantages, "B K", sizes)
+    check_shape(xp, "token_logp", token_logp, "B K L", sizes)
+    check_shape(xp, "old_token_logp", old_token_logp, "B K L", sizes)
+    check_shape(xp, "advantages", advantages, "B K", sizes)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     check_positive("epsilon", epsilon)
     check_positive("epsilon_high", epsilon_high)
-    _check_reference(ref_token_logp, beta, sizes)
-    live = _counting_tokens("mask", mask, "token_logp", token_logp)
+    _check_reference(xp, ref_token_logp, beta, sizes)
+    _check_mask(xp, "mask", mask, "token_logp", token_logp)
+    logp, old, A = widen(token_logp), stop_gradient(widen(old_token_logp)), stop_gradient(advantages)[:, :, None]
+    live = mask
     if clip is not None:
-        check_shape("clip", clip, "B", sizes, kind="bool")
-        live = live & clip[:, None, None]
+        check_shape(xp, "clip", clip, "B", sizes, kind="bool")
+        admitted = clip[:, None, None]
+        live, A = admitted if mask is None else mask & admitted, xp.where(admitted, A, 0.0)
+
+    def where_live(x):  # a number in place of what is not to be read
+        return x if live is None else xp.where(live, x, 0.0)
 
     # Masked on this side of the exponential: masked behind it, an overflow would send NaN back through the gradient.
-    logp = xp.where(live, widen(token_logp), 0.0)
-    old = xp.where(live, stop_gradient(widen(old_token_logp)), 0.0)
-    ratio = xp.exp(logp - old)
-    low, high = 1 - epsilon, 1 + epsilon_high
-    A = stop_gradient(advantages)[:, :, None]
-    clipped = xp.where(ratio < low, low, xp.where(ratio > high, high, ratio))
-    loss = -xp.minimum(ratio * A, clipped * A)
+    logp = where_live(logp)
+    ratio = xp.exp(logp - where_live(old))
+    # min(w A, clip(w) A) is w A, until w has passed the limit on the side that A rewards: from there on it is limit A.
+    limit = xp.where(A < 0, 1 - epsilon, xp.full_like(ratio[:, :, :1], 1 + epsilon_high))
+    loss = -xp.where((ratio - limit) * A > 0, limit, ratio) * A
     if beta > 0:
-        gap = xp.where(live, stop_gradient(widen(ref_token_logp)), 0.0) - logp
+        gap = where_live(stop_gradient(widen(ref_token_logp))) - logp
         loss = loss + (xp.exp(gap) - gap - 1) * beta
-    return xp.astype(xp.mean(_token_mean(loss, live, 0.0), axis=1), token_logp.dtype, copy=False)
+    return xp.astype(xp.mean(_token_mean(loss, mask, 0.0), axis=1), token_logp.dtype, copy=False)
 
 
 def adagrpo_loss(
@@ -329,19 +333,19 @@ def adagrpo_loss(
     """
     xp = array_namespace(target_token_logp, token_logp, old_token_logp, rewards, target_reward, negative_rewards)
     sizes = {}
-    check_shape("target_token_logp", target_token_logp, "B L*", sizes)
-    _counting_tokens("target_mask", target_mask, "target_token_logp", target_token_logp)
-    check_shape("token_logp", token_logp, "B K L", sizes)
-    check_shape("old_token_logp", old_token_logp, "B K L", sizes)
-    check_shape("rewards", rewards, "B K", sizes)
-    check_shape("target_reward", target_reward, "B", sizes)
-    check_shape("negative_rewards", negative_rewards, "B M", sizes)
+    check_shape(xp, "target_token_logp", target_token_logp, "B L*", sizes)
+    _check_mask(xp, "target_mask", target_mask, "target_token_logp", target_token_logp)
+    check_shape(xp, "token_logp", token_logp, "B K L", sizes)
+    check_shape(xp, "old_token_logp", old_token_logp, "B K L", sizes)
+    check_shape(xp, "rewards", rewards, "B K", sizes)
+    check_shape(xp, "target_reward", target_reward, "B", sizes)
+    check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
     check_scalar("lam", lam)
 
     nll = nll_loss(widen(target_token_logp), target_mask)
     if target_old_logp is None:
         target_old_logp = -nll
-    check_shape("target_old_logp", target_old_logp, "B", sizes)
+    check_shape(xp, "target_old_logp", target_old_logp, "B", sizes)
     rollout_logp = length_normalized(widen(old_token_logp), mask)  # the policy-side pool, but for the truth
     pools = (target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
     difficult = difficulty(*pools[0], tau=tau, ties=ties)
@@ -363,26 +367,24 @@ def adagrpo_loss(
     )
 
 
-def _token_mean(values, counts, empty):
+def _token_mean(values, mask, empty):
     """Mean over the last axis of the values that count; ``empty`` where none does, without a gradient."""
-    xp = array_namespace(values, counts)
-    total = xp.sum(xp.where(counts, values, 0.0), axis=-1)
-    number = xp.sum(xp.astype(counts, values.dtype), axis=-1)
+    xp = array_namespace(values, mask)
+    if mask is None:
+        return xp.mean(values, axis=-1)
+    total = xp.sum(xp.where(mask, values, 0.0), axis=-1)
+    number = xp.sum(xp.astype(mask, values.dtype), axis=-1)
     return xp.where(number > 0, total / xp.where(number > 0, number, 1.0), empty)
 
 
-def _counting_tokens(name, mask, like_name, like):
-    """The checked mask, or one that counts every token."""
-    if mask is None:
-        xp = array_namespace(like)
-        return xp.ones_like(like, dtype=xp.bool)
-    check_same_shape(name, mask, like_name, like, kind="bool")
-    return mask
+def _check_mask(xp, name, mask, like_name, like):
+    if mask is not None:
+        check_same_shape(xp, name, mask, like_name, like, kind="bool")
 
 
-def _check_reference(ref_token_logp, beta, sizes):
+def _check_reference(xp, ref_token_logp, beta, sizes):
     check_positive("beta", beta, zero_too=True)
     if ref_token_logp is not None:
-        check_shape("ref_token_logp", ref_token_logp, "B K L", sizes)
+        check_shape(xp, "ref_token_logp", ref_token_logp, "B K L", sizes)
     elif beta > 0:
         raise ValueError(f"ref_token_logp: expected shape (B, K, L) for beta={beta!r}, got None; pass it, or beta=0")

@@ -64,7 +64,7 @@ def policy_rank(target_logp, rollout_logp, /, *, ties: str = "min"):
     >>> policy_rank(np.asarray([-2.0]), np.asarray([[-1.0, -2.0, -3.0]]), ties="max").tolist()
     [3]
     """
-    return _as_ranks(doubled_policy_rank(target_logp, rollout_logp, ties=ties), ties)
+    return _ranks(*policy_pool(target_logp, rollout_logp), ties)[:, 0]
 
 
 def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: str = "min") -> RewardRanks:
@@ -110,58 +110,54 @@ def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: s
     >>> ranks.target.tolist(), ranks.negatives.tolist()
     ([1], [[5, 3]])
     """
-    doubled = doubled_reward_ranks(target_reward, rollout_rewards, negative_rewards, ties=ties)
-    return RewardRanks(*(_as_ranks(ranks, ties) for ranks in doubled))
+    ranks = _ranks(*reward_pool(target_reward, rollout_rewards, negative_rewards), ties)
+    return RewardRanks(ranks[:, 0], ranks[:, 1:])
 
 
-# -- Twice the rank, so that the halves of ties="average" are whole and the gate compares integers ---------------------
+# -- The pools, and twice the rank: the halves of ties="average" are whole then, and the gate compares integers --------
 
 
-def doubled_policy_rank(target_logp, rollout_logp, /, *, ties):
-    """Twice :func:`policy_rank`, int32."""
+def policy_pool(target_logp, rollout_logp):
+    """The checked pool of eq. 6: the entry to be ranked (B, 1), and all there are (B, K+1)."""
     xp = array_namespace(target_logp, rollout_logp)
     sizes = {}
-    check_shape("target_logp", target_logp, "B", sizes)
-    check_shape("rollout_logp", rollout_logp, "B K", sizes)
+    check_shape(xp, "target_logp", target_logp, "B", sizes)
+    check_shape(xp, "rollout_logp", rollout_logp, "B K", sizes)
     target = target_logp[:, None]
-    return _doubled_ranks(target, xp.concat([rollout_logp, target], axis=1), ties)[:, 0]
+    return target, xp.concat([rollout_logp, target], axis=1)
 
 
-def doubled_reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties):
-    """Twice :func:`reward_ranks`, int32 (B,) and (B, M)."""
+def reward_pool(target_reward, rollout_rewards, negative_rewards):
+    """The checked pool of eq. 8: truth and negatives to be ranked (B, 1+M), and all there are (B, K+1+M)."""
     xp = array_namespace(target_reward, rollout_rewards, negative_rewards)
     sizes = {}
-    check_shape("target_reward", target_reward, "B", sizes)
-    check_shape("rollout_rewards", rollout_rewards, "B K", sizes)
-    check_shape("negative_rewards", negative_rewards, "B M", sizes)
-    judged = xp.concat([target_reward[:, None], negative_rewards], axis=1)  # (B, 1+M)
-    doubled = _doubled_ranks(judged, xp.concat([rollout_rewards, judged], axis=1), ties)
-    return doubled[:, 0], doubled[:, 1:]
+    check_shape(xp, "target_reward", target_reward, "B", sizes)
+    check_shape(xp, "rollout_rewards", rollout_rewards, "B K", sizes)
+    check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
+    judged = xp.concat([target_reward[:, None], negative_rewards], axis=1)
+    return judged, xp.concat([rollout_rewards, judged], axis=1)
 
 
-def _doubled_ranks(entries, pool, ties):
-    """Twice the rank of each entry (B, E) in its pool (B, P), which holds the entries too."""
+def doubled_ranks(entries, pool, ties):
+    """Twice the rank of each entry (B, E) in its pool (B, P), which holds the entries too. No NaN may be read."""
     check_ties(ties)
     xp = array_namespace(entries, pool)
-    low = float("-inf")  # compared as they are, NaNs would be beaten by nobody and so come out best
-    entries = xp.where(xp.isnan(entries), low, entries)[:, :, None]
-    pool = xp.where(xp.isnan(pool), low, pool)[:, None, :]
-    larger = _count(pool > entries)
-    equal = _count(pool == entries)  # the entry itself is one of them
+    entries, pool = entries[:, :, None], pool[:, None, :]
+
+    def count(hits):  # int32 everywhere, where libraries disagree on the default integer
+        return xp.sum(xp.astype(hits, xp.int32), axis=-1, dtype=xp.int32)
+
+    larger = count(pool > entries)
     if ties == "min":
-        return 2 * (larger + 1)
-    if ties == "max":
-        return 2 * (larger + equal)
-    return 2 * larger + equal + 1
+        return 2 * larger + 2
+    equal = count(pool == entries)  # the entry itself is one of them
+    return 2 * (larger + equal) if ties == "max" else 2 * larger + equal + 1
 
 
-def _count(hits):
-    """How many are true along the last axis: int32 everywhere, where libraries disagree on the default integer."""
-    xp = array_namespace(hits)
-    return xp.sum(xp.astype(hits, xp.int32), axis=-1, dtype=xp.int32)
-
-
-def _as_ranks(doubled, ties):
-    """Ranks from doubled ranks: whole but for ties="average", whose halves float32 holds exactly."""
-    xp = array_namespace(doubled)
+def _ranks(entries, pool, ties):
+    """Ranks, whole but for ties="average", whose halves float32 holds exactly. A NaN is ranked as minus infinity:
+    compared as it is, it would be beaten by nobody and so come out best."""
+    xp = array_namespace(entries, pool)
+    entries, pool = (xp.where(xp.isnan(x), float("-inf"), x) for x in (entries, pool))
+    doubled = doubled_ranks(entries, pool, ties)
     return xp.astype(doubled, xp.float32) / 2 if ties == "average" else doubled // 2

@@ -3,16 +3,20 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 import nanoadagrpo as nano
 
 from .helpers import (
     FAMILIES,
+    SIZES,
     Exact,
     every_sequence,
     make_policy,
     plain_next,
+    plain_prompt,
     plain_scores,
+    settings,
     state,
 )
 
@@ -93,6 +97,59 @@ def test_read_with_the_truth_behind_it_a_prompt_is_the_same_and_the_truth_as_lik
         seen = alone.visible[:, None, :, None]
         torch.testing.assert_close(keys * seen, k * seen, rtol=0, atol=5e-6)
         torch.testing.assert_close(values * seen, v * seen, rtol=0, atol=5e-6)
+
+
+def rows_seen(layer):
+    """How many positions each module of a layer is run on, in a list per name that grows with every pass."""
+    seen = {}
+    for name, part in layer.named_modules():
+        part.register_forward_hook(lambda _, given, made, name=name: (
+            seen.setdefault(name, []).append(given[0].shape[1]) if given else None), always_call=True)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
+def test_the_last_layer_does_nothing_for_tokens_of_a_prompt_that_nobody_asks_but_keys_and_values(family):
+    policy = make_policy(CATALOGUE, family, "eager")
+    layers = next(x for x in policy.model.base_model.modules() if isinstance(x, torch.nn.ModuleList))
+    middle, last = rows_seen(layers[0]), rows_seen(layers[-1])
+    ids = torch.randint(CATALOGUE.S, (2, 10))
+    T = len(plain_prompt(policy, HISTORIES[1]))
+    nano.supervise(policy, nano.Prompts(HISTORIES, torch.tensor([3, 0, 5, 1]), torch.arange(4)))
+    policy.read(HISTORIES)
+    policy.model(input_ids=ids, use_cache=False)
+    assert middle["mlp"] == [T + 2, T, 10]
+    assert last["mlp"] == [3, 1, 10], "all of it only where somebody calls the model itself"
+    if family != "gpt2":  # whose queries, keys and values are one product
+        assert last["self_attn.q_proj"] == last["self_attn.o_proj"] == [3, 1, 10]
+        assert last["self_attn.k_proj"] == last["self_attn.v_proj"] == [T + 2, T, 10]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_last_layer_leaves_out_changes_no_probability_no_key_and_no_gradient(family, monkeypatch):
+    policy = make_policy(CATALOGUE, family, "eager", seed=1)
+    batch = nano.Prompts(HISTORIES, torch.tensor([3, 0, 5, 1]), torch.arange(4))
+    tokens = torch.randint(CATALOGUE.S, (4, 5, 3), generator=torch.Generator().manual_seed(2))
+    found = []
+    for names in nano.LATE, ():
+        monkeypatch.setattr(nano, "LATE", names)
+        prompt, target_logp = nano.supervise(policy, batch)
+        logp = nano.score(policy, prompt, tokens)
+        cache = [x.detach() for pair in prompt.cache for x in pair]
+        found.append((target_logp.detach(), logp.detach(), *cache,
+                      gradients(policy, logp.square().sum() + target_logp.square().sum())))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_of_experts_is_asked_for_the_same_tokens_only():
+    torch.manual_seed(0)
+    config = GptOssConfig(**SIZES, vocab_size=CATALOGUE.S + 1, num_key_value_heads=1, head_dim=8, num_local_experts=4,
+                          num_experts_per_tok=2, sliding_window=64, initializer_range=0.3, pad_token_id=None)
+    policy = nano.Policy(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), CATALOGUE, settings())
+    tokens = torch.randint(CATALOGUE.S, (4, 5, 3), generator=torch.Generator().manual_seed(2))
+    plain = torch.stack([plain_scores(policy, h, t) for h, t in zip(HISTORIES, tokens, strict=True)])
+    torch.testing.assert_close(score(policy, HISTORIES, tokens), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_returned_tokens_are_the_given_ones():
