@@ -110,21 +110,21 @@ class Settings:
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
     sft_eval_every: int = option(0, "supervised steps between two points of their validation curve; 0: none")
     rl_steps: int = option(200, "steps of --method, each on a fresh batch of rollouts")
-    batch_size: int = option(32, "B, prompts per step of --method, of all processes together")
+    batch_size: int = option(64, "B, prompts per step of --method, of all processes together")
     micro_batch_size: int = option(0, "prompts that one process runs at once; saves memory, changes no loss; 0: all")
-    group_size: int = option(32, "K, rollouts per prompt")
+    group_size: int = option(16, "K, rollouts per prompt")
     reward: str = option("", "package.module:function to use as reward instead of the ranker (docs/models.md)")
-    negatives: int = option(1, "M, negatives per prompt that the ranker must put at the bottom")
+    negatives: int = option(2, "M, negatives per prompt that the ranker must put at the bottom")
     negatives_from: str = option("rollouts", "rollouts (of other prompts), catalogue, or package.module:function")
     lam: float = option(6.0, "lambda, weight of the admitted GRPO term beside the NLL")
     tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it (by reward) prominent")
-    rho: float = option(0.1, "bottom fraction of K in which the ranker must put every negative")
+    rho: float = option(0.5, "bottom fraction of K in which the ranker must put every negative; the paper has 0.1")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     updates: int = option(1, "optimizer steps per batch of rollouts")
-    lr: float = option(3e-4, "peak learning rate of --method; for --model rather 3e-5")
+    lr: float = option(5e-4, "peak learning rate of --method; for --model rather 3e-5")
     grpo_lr: float = option(5e-5, "the same for pure GRPO, which no NLL holds")
     floor: float = option(0.0, "reward of a rollout that is no item; the ranker's rewards lie in 0..2")
-    rl_prompts: int = option(300, "labelled prompts for --method; 0 takes all there are")
+    rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are")
     max_history: int = option(10, "items of a history that the policy sees, the most recent ones")
     bait: float = option(1.0, "toy: how far clicks in the baited contexts follow bait instead of taste, 0..1")
     beam_width: int = option(50, "W, beams per prompt in evaluation")
@@ -465,15 +465,16 @@ class World:
     dims: int = 8  # of taste
     taste: float = 3.5  # standard deviation of what a user likes, over items
     quality: float = 2.0  # of what everyone likes; drawn anew between the SFT period and the RL week
+    node_share: float = 0.7  # of quality's variance that all items of a level-2 node have in common
     popularity: float = 0.5  # weight of log popularity in choice; of one in exposure
     click_at: float = 6.0  # utility at which a shown item is clicked every other time
-    order_at: float = 2.0  # and how reluctantly a clicked one is ordered
+    order_at: float = 9.0  # and at which a clicked one is ordered every other time
     bait_pull: float = 4.0  # strength of the bait in clicks, where it works
     impressions: int = 64  # per user and step of the RL week
     history: int = 6  # items in a prompt
     warm_up: int = 6  # steps of a user's life: before the first prompt,
     sft: int = 12  # in the SFT period,
-    rl: int = 4  # in the RL week (the log is recorded here), and then
+    rl: int = 4  # in the RL week (chosen from what was shown; log and labels are recorded here), and then
     valid: int = 1
     test: int = 3
 
@@ -493,12 +494,12 @@ def toy_world(cfg, world=World()):
     N, nodes = len(sids), node.max() + 1
     place = (0.5**0.5 * g.standard_normal((w.codes, w.dims))[level1]  # shares of variance: half by the first code
              + 0.3**0.5 * g.standard_normal((nodes, w.dims))[node] + 0.2**0.5 * g.standard_normal((N, w.dims)))
-    popularity = -np.log(1 + g.permutation(w.codes))[level1] - np.log(1 + g.permutation(N))  # Zipf, twice
-    quality_then, quality, noise = w.quality * g.standard_normal((3, N))
-    handy = g.standard_normal(N)  # what turns a click into an order: price, delivery; nothing to do with the rest
+    popularity = -np.log(1 + g.permutation(N))  # Zipf
+    quality_then, quality = w.quality * (w.node_share**0.5 * g.standard_normal((2, nodes))[:, node]
+                                         + (1 - w.node_share) ** 0.5 * g.standard_normal((2, N)))
     # What draws clicks where bait works: an attribute that good items lack. Nobody chooses by it.
-    bait = w.bait_pull * (-0.9 * quality + 0.19**0.5 * noise) / w.quality
-    baited = np.isin(np.arange(w.codes), g.permutation(w.codes)[: w.codes // 2])  # by level 1 of the last item
+    bait = w.bait_pull * (-0.9 * quality / w.quality + 0.19**0.5 * g.standard_normal(N))
+    baited = np.isin(np.arange(nodes), g.permutation(nodes)[: nodes // 2])[node]  # (N,): where it was the last item
     complement = g.permutation(nodes)[node]
     context = 0.5 * (level1[:, None] == level1) + 0.5 * (node[:, None] == node) + (complement[:, None] == node)
     context = context.astype(np.float32)  # (N, N): what goes with the last item
@@ -523,15 +524,19 @@ def toy_world(cfg, world=World()):
     logs = []
     for t in range(life.shape[1]):
         last = life[:, t - 1] if t else draw(rng["life"], wanted_then, 1)[:, 0]
-        if rl_week <= t < rl_week + w.rl:  # what was shown to the user before this choice, and clicked
+        if rl_week <= t < rl_week + w.rl:  # a feed: what is shown, what of it is clicked, what of it is chosen
             g = rng["log"]
             item = draw(g, shown, w.impressions)
             utility = np.take_along_axis(taste, item, 1) + quality[item] + context[last[:, None], item]
-            share = cfg.bait * baited[level1[last]][:, None]
-            click = g.random(item.shape) < sigmoid((1 - share) * utility + share * bait[item] - w.click_at)
-            order = click & (g.random(item.shape) < sigmoid(handy[item] - w.order_at))
+            share = cfg.bait * baited[last][:, None]
+            appeal = (1 - share) * utility + share * bait[item]
+            click = g.random(item.shape) < sigmoid(appeal - w.click_at)
+            order = click & (g.random(item.shape) < sigmoid(appeal - w.order_at))
             logs.append((life[:, t - w.history : t].copy(), item, click, order))
-        life[:, t] = draw(rng["life"], (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
+            liked = utility + w.popularity * popularity[item] + rng["life"].gumbel(size=item.shape)
+            life[:, t] = item[np.arange(w.users), liked.argmax(1)]  # exp(utility) among the shown: no bait
+        else:  # of all items
+            life[:, t] = draw(rng["life"], (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
 
     # -- what the learners see ----------------------------------------------------------------------------------------
     def prompts(start, length):

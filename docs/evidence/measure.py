@@ -58,7 +58,7 @@ class Truth(NamedTuple):
     quality: np.ndarray  # (N,)
     context: np.ndarray  # (N, N) what goes with the last item
     level1: np.ndarray  # (N,) category
-    baited: np.ndarray  # (codes,) boolean
+    baited: np.ndarray  # (N,) boolean: do clicks follow bait where this was the last item?
     bait: float
 
     def utility(self, prompts, item):
@@ -69,7 +69,7 @@ class Truth(NamedTuple):
 
     def misled(self, prompts):
         """(B,) whether clicks in this context follow the bait, to whatever degree."""
-        return (self.bait > 0) & self.baited[self.level1[prompts.history[:, -1]]]
+        return (self.bait > 0) & self.baited[prompts.history[:, -1]]
 
 
 class Setup(NamedTuple):
