@@ -844,14 +844,17 @@ def given(tokens):
 
 
 def sample(n, generator, rows=slice(None), B=None):
-    """n independent draws. Exponential race: the arg max of log p - log E is distributed as p.
+    """n independent draws: a token's share of the way from 0 to 1 is its probability, and a random point hits one.
 
     A micro-batch draws for all B prompts of its batch and keeps its own `rows`: it gets what it would get among them.
     """
 
     def pick(level, logp, score):
-        race = torch.empty(B or len(logp), n, logp.shape[-1], device=logp.device).exponential_(generator=generator)
-        return own_branch(logp, n), (logp.float() - race[rows].log()).argmax(-1)
+        ends = logp.detach().float().exp().cumsum(-1)  # (B, m, S), the last one is 1 but for rounding
+        points = torch.rand(B or len(logp), n, generator=generator, device=logp.device)[rows]
+        points = points.view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m): m is 1, then n
+        token = torch.searchsorted(ends, points, right=True).clamp(max=ends.shape[-1] - 1)
+        return own_branch(logp, n), token.view(-1, n)
 
     return pick
 

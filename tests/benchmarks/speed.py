@@ -296,7 +296,8 @@ def predicted(everyone, B, K, T, L, M, N, layers, width):
     back = 3 if everyone else 1  # with a way back or without: the way back costs twice the way there
     tokens, heads = 3 * truth + back * rollouts, 3 * B * L + back * rollouts
     weights, seen = layers * 16 * width**2, 2 * layers * width * (T + L)  # of a Llama; what a token may see, at most
-    return 2 * (weights + seen) * tokens + 2 * work.V * width * heads
+    spared = 3 * B * (T - 1) * 14 * width**2  # in the last layer the prompt needs keys and values alone
+    return 2 * (weights + seen) * tokens - 2 * spared + 2 * work.V * width * heads
 
 
 def growth_table(quick, times):

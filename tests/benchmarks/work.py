@@ -207,19 +207,23 @@ def core_loss(logp, truth, old, rewards, target, negatives):
 
 
 def hand_loss(logp, truth, old, rewards, target, negatives, tau=1 / 3, rho=0.1, epsilon=0.2):
-    """What somebody would write who trusts the input: no checks, no NaN, no padding, no exact fractions."""
+    """What somebody would write who trusts the input: no checks, no NaN, no padding, no exact fractions.
+
+    The fastest of three such versions: with `where` on ratio and surrogate, with the advantages of those not admitted
+    set to 0 and min(w A, clip(w) A) as it stands, and this one, with that minimum as one choice, as the core has it.
+    """
     K = rewards.shape[1]
     nll = -truth.mean(1)
     hard = 1 + (old.mean(2) > -nll.detach()[:, None]).sum(1) > tau * K
     judged = torch.cat([target[:, None], negatives], 1)
     ranks = 1 + (torch.cat([rewards, judged], 1)[:, None, :] > judged[:, :, None]).sum(2)
     clear = (ranks[:, 0] <= tau * K) & (ranks[:, 1:] > (1 - rho) * K).all(1)
-    clip = (hard & clear)[:, None, None]
-    A = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4))[:, :, None]
-    ratio = (torch.where(clip, logp - old, 0.0)).exp()
-    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
-    grpo = -torch.where(clip, surrogate, 0.0).mean((1, 2))
-    return (nll + grpo).mean()
+    A = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    A = (A * (hard & clear)[:, None])[:, :, None]
+    ratio = (logp - old).exp()
+    limit = torch.where(A < 0, 1 - epsilon, 1 + epsilon)
+    surrogate = torch.where((ratio - limit) * A > 0, limit, ratio) * A
+    return (nll - surrogate.mean((1, 2))).mean()
 
 
 def check_core(case):

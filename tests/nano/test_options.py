@@ -58,7 +58,7 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
     torch.testing.assert_close(scores, torch.tensor([[0.5, -3.0, 0.9], [1.3, 0.7, -3.0]]))
     seen, group = [], core.group_advantages
     monkeypatch.setattr(core, "group_advantages", lambda rewards: seen.append(rewards) or group(rewards))
-    run("--reward", "mine:score", "--floor", "-3", "--out", "here")
+    run("--reward", "mine:score", "--floor", "-3", "--group-size", "40", "--out", "here")
     values = {round(x, 4) for rewards in seen if torch.is_tensor(rewards) for x in rewards.flatten().tolist()}
     assert values <= {-3.0, *(round(0.5 + 0.1 * i, 4) for i in range(9))} and len(values) > 2
 
