@@ -44,6 +44,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -678,6 +679,8 @@ class Policy:
         # Not the model's: a temperature or a length of its own would follow the policy to whoever generates with it.
         self.model.generation_config = GenerationConfig()
         self.catalogue, self.tokenizer = catalogue, tokenizer
+        known = inspect.signature(model.base_model.forward).parameters  # transformers 5.24 calls it by another name
+        self.takes_cache_as = "cache" if "cache" in known else "past_key_values"
         S, words = catalogue.S, [*catalogue.words, ASK]
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(words) if tokenizer else range(S + 1), device=cfg.device)
         self.vocabulary = ids[:S]  # the model's token of each SID token
@@ -710,8 +713,8 @@ class Policy:
         mask = mask.masked_fill(~visible, blocked).unsqueeze(1)
         cache = DynamicCache(cache)  # wraps, copies nothing: a prompt can be grown upon many times
         with self.precision(), last_layer_without(unasked, model):
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                      use_cache=True).last_hidden_state
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                                      **{self.takes_cache_as: cache}).last_hidden_state
         return hidden, [(layer.keys, layer.values) for layer in cache.layers]
 
     def logp(self, hidden):
