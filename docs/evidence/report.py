@@ -476,7 +476,7 @@ def page(results, command, root):
                      + (f"; of these {', '.join(map(str, overlap))} also chose the doses" if overlap else "")],
                     ["settings", f"{cfg.rl_steps} steps of {cfg.batch_size} prompts, "
                      f"K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, rho={cfg.rho:g}, bait={cfg.bait:g}, "
-                     f"{cfg.rl_prompts} labelled prompts"],
+                     f"{cfg.rl_prompts or 'all'} labelled prompts"],
                     ["test", f"{cfg.eval_prompts} prompts a seed, the same for all methods, beams of width "
                      f"{cfg.beam_width}"],
                     ["machine", machine()], ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],

@@ -377,8 +377,7 @@ def sentence_drift(passes, numbers, cfg):
     admitted, misled = ([number([one[key] for one in when], digits=digits) for when in (before, after)]
                         for key, digits in (("admitted", 1), ("misled", 0)))
     return (f"Before training, on fresh prompts, the gate admits {admitted[0]} % of the prompts, and {misled[0]} % of "
-            f"these are baited. In training with the default λ, on its {cfg.rl_prompts} labelled prompts again and "
-            f"again, the means are {admitted[1]} % and {misled[1]} %.")
+            f"these are baited. In training with the default λ the means are {admitted[1]} % and {misled[1]} %.")
 
 
 def sentence_pulls(numbers):
