@@ -3,6 +3,7 @@
 
     python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
     python docs/evidence/compare.py s0 s1 s2
+    python docs/evidence/compare.py s0 --figure curve.png    # and the first run along its steps
 
 The yardsticks are popularity, and the ranker alone over the whole catalogue. They serve the same test prompts, and
 neither can hallucinate; neither needs a policy. What a run was given is read from its config.json.
@@ -20,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # measure this checko
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
 
@@ -88,11 +90,58 @@ def table(rows):
     return "\n".join(lines)
 
 
+def curves(lines, n):
+    """{panel: {label: (steps, values, standard errors or None)}}, shares in %; n: validation prompts of a point."""
+    def along(key, phase, method):
+        mine = [line for line in lines if line["phase"] == phase and line["method"] == method]
+        share = np.array([line[key] for line in mine])
+        # A share of n prompts is binomial; of hallucinations that is not so, since the beams of a prompt are alike.
+        error = 100 * (share * (1 - share) / n) ** 0.5 if key.startswith("hr@") else None
+        return [line["step"] for line in mine], 100 * share, error
+
+    losses = [line for line in lines if line["phase"] == "sft"]
+    width = max(1, len(losses) // 40)  # one batch says little
+    smooth = [np.mean([line["nll"] for line in losses[i : i + width]]) for i in range(0, len(losses), width)]
+    points = {name: along(name.lower(), "sft_valid", "base") for name in ("HR@10", "hallucination")}
+    methods = dict.fromkeys(line["method"] for line in lines if line["phase"] == "valid")
+    return {"supervised": {key: one for key, one in points.items() if len(one[0])},
+            "nll": {"training NLL": ([line["step"] for line in losses[::width]], np.array(smooth), None)},
+            "rl": {name: along("hr@10", "valid", name) for name in methods}}
+
+
+def draw(run, path):
+    """Left the supervised steps, right the methods from the policy that they made."""
+    cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
+    found = curves(lines, n)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = left.twinx()
+    for axes, panel in ((left, "supervised"), (loss, "nll"), (right, "rl")):
+        for label, (steps, values, errors) in found[panel].items():
+            look = {"hallucination": "s--", "training NLL": "k:"}.get(label, "o-")
+            axes.errorbar(steps, values, errors, fmt=look, label=label, capsize=2, ms=4)
+    left.set(title=f"supervised steps of {cfg.sft_batch_size}", xlabel="step", ylabel="% on validation prompts", ylim=0)
+    loss.set(ylabel="nats per token")
+    right.set(title=f"then RL: HR@10 on {n} validation prompts", xlabel="step", ylabel="%")
+    left.legend(loc="upper center", fontsize=9)
+    loss.legend(loc="lower center", fontsize=9)
+    right.legend(fontsize=9)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
-    rows = collect(parser.parse_args(argv).runs)
+    parser.add_argument("--figure", type=Path, help="draw the first run's curves into this file")
+    args = parser.parse_args(argv)
+    rows = collect(args.runs)
     print(table(rows))
+    if args.figure:
+        draw(args.runs[0], args.figure)
     return rows
 
 

@@ -69,3 +69,25 @@ def test_the_table_holds_mean_and_spread_over_runs_and_differences_within_them(f
     assert cells["popularity"][1] == "75.00 ± 0.00" and cells["popularity"][4] == ""
     assert cells["popularity"][-1] == "+55.00 ± 14.14"
     assert [one["hr@10"] for one in rows["popularity"]] == [0.75, 0.75]
+
+
+def test_the_figure_shows_what_was_logged_with_the_standard_error_of_a_share(folder, tmp_path):
+    lines = [{"phase": "sft", "step": i, "nll": 6.0 - i} for i in (1, 2, 3, 4)]
+    lines[2:2] = [{"phase": "sft_valid", "method": "base", "step": 2, "hr@10": 0.1, "hallucination": 0.9}]
+    lines += [{"phase": "sft_valid", "method": "base", "step": 4, "hr@10": 0.5, "hallucination": 0.2}]
+    for name, hit in (("nll", 0.5), ("adagrpo", 0.8)):
+        lines += [{"phase": "valid", "method": name, "step": step, "hr@10": x} for step, x in ((0, 0.5), (3, hit))]
+    lines += [{"phase": "rl", "method": "adagrpo", "step": 1, "nll": 3.0}]
+    found = compare.curves(lines, 100)
+    steps, values, errors = found["supervised"]["HR@10"]
+    assert steps == [2, 4] and values == pytest.approx([10, 50]) and errors == pytest.approx([3, 5])
+    assert found["supervised"]["hallucination"][1] == pytest.approx([90, 20])
+    assert found["nll"]["training NLL"][0] == [1, 2, 3, 4] and found["nll"]["training NLL"][1][-1] == 2
+    assert found["rl"]["adagrpo"][0] == [0, 3] and found["rl"]["adagrpo"][1] == pytest.approx([50, 80])
+    for kept in (lines, [line for line in lines if line["phase"] != "sft_valid"]):  # as without --sft-eval-every
+        run = tmp_path / f"run-{len(kept)}"
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data=str(folder)))))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        compare.main([str(run), "--figure", str(run / "curve.png")])
+        assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -57,6 +57,10 @@ def data(path):
         ("--rho 0", ["--rho 0", "strictly between 0 and 1"]),
         ("--method adagpro", ["--method adagpro", "did you mean adagrpo?", *nano.METHODS, "all"]),
         ("--method magic", ["--method magic", *nano.METHODS, "all"]),
+        ("--method nll,adagpro", ["--method adagpro", "did you mean adagrpo?"]),
+        ("--method nll,adagrpo,nll", ["--method nll,adagrpo,nll", "twice"]),
+        ("--method nll,", ["--method : ", "Choose from nll"]),
+        ("--method nll,grpo --group-size 1", ["--group-size 1", "use 3 or more"]),
         ("--groupsize 8", ["--groupsize"]),
         ("--group 8", ["--group"]),  # no abbreviations: they would change their meaning with the next option
         ("--seed abc", ["--seed", "'abc'", "int"]),

@@ -146,6 +146,13 @@ def test_a_method_gives_the_same_numbers_alone_and_beside_the_others(small_shop,
         assert toy("--method", method) == {name: everything[1][name] for name in ("base", method)}
 
 
+def test_several_methods_run_in_the_order_in_which_they_are_named(small_shop, folder, everything):
+    results = toy("--method", "grpo+nll,adagrpo", "--out", "two")
+    assert list(results) == ["base", "grpo+nll", "adagrpo"]
+    assert results == {name: everything[1][name] for name in results}
+    assert sorted(path.name for path in (folder / "two" / "policy").iterdir()) == ["adagrpo", "grpo+nll"]
+
+
 # -- what is left behind -----------------------------------------------------------------------------------------------
 
 
