@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The tree of tokens: scoring, sampling and beam search equal what plain forward passes over whole sequences say."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig
@@ -41,6 +43,14 @@ def score(policy, histories, tokens):
 
 def beams(policy, histories, width):
     return nano.grow(policy, policy.read(histories), nano.beam(width))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_asks_nothing_of_the_library_that_it_announces_to_remove(family):
+    policy = make_policy(CATALOGUE, family, "eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        beams(policy, HISTORIES, 3)
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------
