@@ -188,8 +188,10 @@ def test_the_oracle_admits_exactly_the_contexts_without_bait(setup):
 
 
 def test_the_true_reward_is_the_users_own_utility(setup):
-    part = setup.data.rl.rows(torch.arange(6))
-    item = torch.tensor([[0, 1, -1]] * 6)
+    _, which, count = torch.unique(setup.data.rl.history, dim=0, return_inverse=True, return_counts=True)
+    part = setup.data.rl.rows((count[which] == 1).nonzero()[:6, 0])  # of equal histories one user answers for all
+    item = torch.tensor([[0, 1, -1]] * len(part.user))
+    assert len(part.user) == 6
     found = measure.true_reward(setup.truth, setup.data.rl)(part.history, item)
     assert found.numpy() == pytest.approx(setup.truth.utility(part, item.numpy()), abs=1e-5)
 

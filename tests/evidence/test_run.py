@@ -12,6 +12,7 @@ import run
 from measure import ARMS, Arm
 
 SETTINGS = run.SIZES["default"][0]
+DEFAULT = f"_bait1_lam{SETTINGS.lam:g}_lr{SETTINGS.lr:g}"
 
 
 def test_seeds_are_read_as_ranges_and_lists():
@@ -57,7 +58,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evidence")
     common = ["--size", "small", "--out", str(folder), "--dose", str(folder / "dose.json"), "--jobs", "0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "LAMBDAS", (1.0, 6.0))
+        patch.setattr(run, "LAMBDAS", (1.0, SETTINGS.lam))
         patch.setattr(run, "RATES", (0.5, 1.0))
         patch.setattr(run, "BAITS", (0.0, 1.0))
         run.main(["--tune", "--seeds", "2", "--baits", "1", *common])
@@ -122,7 +123,7 @@ def test_the_page_holds_every_table_and_figure(finished):
 def test_cells_are_what_the_units_say(finished):
     folder, _, results = finished
     unit = {(seed, name): json.loads(path.read_text()) for seed in (0, 1) for name in ("adagrpo", "nll")
-            for path in folder.glob(f"seed-{seed}/{name}_bait1_lam6_lr0.0003.json")}
+            for path in folder.glob(f"seed-{seed}/{name}{DEFAULT}.json")}
     hits = [[unit[seed, name]["final"]["hr@10"] for seed in (0, 1)] for name in ("adagrpo", "nll")]
     table = report.table_main(results, "equal", "final")
     row = next(line for line in table.splitlines() if line.startswith("| AdaGRPO D&R "))
@@ -138,7 +139,7 @@ def test_cells_are_what_the_units_say(finished):
 def test_another_process_gives_the_same_numbers(finished):
     """One unit is removed, and made again in a process of its own."""
     folder, _, _ = finished
-    gone = folder / "seed-1" / "adagrpo_bait1_lam6_lr0.0003.json"
+    gone = folder / "seed-1" / f"adagrpo{DEFAULT}.json"
     before, others = json.loads(gone.read_text()), {p: p.stat().st_mtime_ns for p in folder.glob("seed-*/*.json")}
     gone.unlink()
     del others[gone]
