@@ -300,7 +300,7 @@ def logged(tmp_path_factory):
         patch.setattr(nano, "toy_world", lambda cfg: whole(cfg, small))
         nano.main(["--toy", "--method", "all", "--device", "cpu", "--out", str(out), "--sft-steps", "2",
                    "--sft-batch-size", "8", "--rl-steps", "1", "--batch-size", "4", "--group-size", "6",
-                   "--rl-prompts", "20", "--eval-prompts", "8", "--beam-width", "8"])
+                   "--rl-prompts", "20", "--eval-prompts", "8", "--beam-width", "8", "--sft-eval-every", "1"])
     torch.set_num_threads(threads)
     keys = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
@@ -331,19 +331,20 @@ def test_every_evaluation_logs_the_documented_keys_and_no_other(logged):
     where = {"phase", "method", "step"}  # documented above the tables and in the others
     assert documented(EVALUATION) == at_k(logged["test"]) - where
     assert documented(EVALUATION) - {"admitted"} == at_k(logged["valid"]) - where
+    assert logged["sft_valid"] == logged["valid"]
     assert {"hr@1", "hr@10", "hr@50", "click_reward@1", "order_reward@50"} <= logged["test"]
 
 
 def test_the_phases_are_those_that_the_page_names(logged):
     introduction = METRICS.split("\n## ")[0]
     assert all(f"`{phase}`" in introduction for phase in logged)
-    assert set(logged) == {"sft", "rl", "valid", "test"}
+    assert set(logged) == {"sft", "sft_valid", "rl", "valid", "test"}
 
 
 def test_every_key_that_the_pages_words_mention_is_logged(logged):
     known = set.union(*logged.values()) | at_k(set.union(*logged.values()))
     mentioned = {span for span in code_spans(METRICS) if re.fullmatch(r"[a-z]+(_[a-z]+)*(@\w+)?", span)}
-    other = {"max", *logged, *nano.METHODS}  # a tie rule, the phases, the methods
+    other = {"max", "base", *logged, *nano.METHODS}  # a tie rule, what they start from, the phases, the methods
     other |= {"seconds", "memory", "ru_maxrss"}  # of machine.jsonl; see tests/nano/test_options.py
     assert mentioned - other <= known
 
