@@ -163,9 +163,9 @@ def tree_of(items, K, seed=0):
     policy = nano.tiny_policy(nano.Catalogue(sids), cfg)
     plain, calls = policy.run, []
 
-    def spied(ids, visible, positions, cache=None):
+    def spied(ids, visible, *others, **more):
         calls.append(visible[0].expand(ids.shape[1], -1).numpy())
-        return plain(ids, visible, positions, cache)
+        return plain(ids, visible, *others, **more)
 
     policy.run = spied
     with torch.no_grad():
