@@ -122,7 +122,7 @@ class Settings:
     rho: float = option(0.3, "bottom fraction of K in which the ranker must put every negative; the paper has 0.1")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     updates: int = option(1, "optimizer steps per batch of rollouts")
-    lr: float = option(5e-4, "peak learning rate of --method; for --model rather 3e-5")
+    lr: float = option(2e-3, "peak learning rate of --method; for --model rather 3e-5")
     grpo_lr: float = option(5e-5, "the same for pure GRPO, which no NLL holds")
     floor: float = option(0.0, "reward of a rollout that is no item; the ranker's rewards lie in 0..2")
     rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are")
@@ -500,7 +500,6 @@ def toy_world(cfg, world=World()):
                                          + (1 - w.node_share) ** 0.5 * g.standard_normal((2, N)))
     # What draws clicks where bait works: an attribute that good items lack. Nobody chooses by it.
     bait = w.bait_pull * (-0.9 * quality / w.quality + 0.19**0.5 * g.standard_normal(N))
-    baited = np.isin(np.arange(nodes), g.permutation(nodes)[: nodes // 2])[node]  # (N,): where it was the last item
     complement = g.permutation(nodes)[node]
     context = 0.5 * (level1[:, None] == level1) + 0.5 * (node[:, None] == node) + (complement[:, None] == node)
     context = context.astype(np.float32)  # (N, N): what goes with the last item
@@ -520,6 +519,10 @@ def toy_world(cfg, world=World()):
     wanted_then, wanted = (np.exp(taste + np.float32(q + w.popularity * popularity)) for q in (quality_then, quality))
     shown = np.exp(0.3 * taste + np.float32(0.3 * quality_then + popularity))  # by yesterday's server, popular first
     pull = np.exp(context)
+    # Bait works where the last item lies in one of these nodes: drawn until half of all choices fall into them.
+    often = np.bincount(node, (wanted / wanted.sum(1, keepdims=True)).mean(0))  # (nodes,) their shares
+    order = g.permutation(nodes)
+    baited = np.isin(np.arange(nodes), order[often[order].cumsum() - often[order] / 2 < 0.5])[node]  # (N,)
     rl_week = w.warm_up + w.sft
     life = np.zeros((w.users, rl_week + w.rl + w.valid + w.test), int)
     logs = []

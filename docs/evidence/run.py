@@ -40,7 +40,7 @@ from nanoadagrpo import BadInput  # noqa: E402
 
 # Doses tried by --tune: lambda, or for what has none (nll, grpo) as many multiples of its learning rate.
 LAMBDAS = (0.3, 1.0, 5.0, 15.0)
-RATES = (0.5, 1.0, 2.0, 4.0)
+RATES = (0.25, 0.5, 1.0, 2.0)
 BAITS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 # Beam width -> prompts of Tables 1 to 3, which describe and do not compare.
