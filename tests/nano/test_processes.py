@@ -157,5 +157,5 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(nano.BadInput, match=r"--sft-batch-size 128: 3 processes cannot share it equally"):
         nano.parse(["--toy"])
-    with pytest.raises(nano.BadInput, match=r"--batch-size 32: 3 processes"):
+    with pytest.raises(nano.BadInput, match=r"--batch-size 64: 3 processes"):
         nano.parse(["--toy", "--sft-batch-size", "9"])
