@@ -352,8 +352,8 @@ def table_lambda(numbers, cfg):
             gains = {key: [each["doses"][row][key] - each["doses"]["nll"][key] for each in numbers]
                      for key in ("hr@10", "click_reward@10", "hallucination")}
             name, lam = row.rsplit(" ", 1)
-            rows.append([f"`{name}`, λ {lam}", number(gains["hr@10"]), number(gains["click_reward@10"], 1, 3),
-                         number(gains["hallucination"]),
+            rows.append([f"`{name}`, λ {float(lam):.3g}", number(gains["hr@10"]),
+                         number(gains["click_reward@10"], 1, 3), number(gains["hallucination"]),
                          *(number([each["doses"][row][key] for each in numbers], digits=digits)
                            for key, digits in (("admitted", 1), ("misled", 0)))])
     return report.markdown(rows)
