@@ -768,9 +768,9 @@ def last_layer_without(unasked, model):
         made = F.pad(made, (0, 0, unasked, 0))
         return (made, *more) if more else made
 
-    lists = [x for x in model.base_model.modules() if isinstance(x, nn.ModuleList)][:1]  # the layers come first
-    hooks = []
-    for part in [x for layers in lists for name, x in layers[-1].named_modules() if unasked and name in LATE]:
+    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))  # the layers come first
+    layers, hooks = itertools.islice(lists, bool(unasked)), []
+    for part in [x for one in layers for name, x in one[-1].named_modules() if name in LATE]:
         hooks += [part.register_forward_pre_hook(shorter), part.register_forward_hook(as_long_as_before)]
     try:
         yield
