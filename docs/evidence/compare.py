@@ -4,6 +4,7 @@
     python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
     python docs/evidence/compare.py s0 s1 s2
     python docs/evidence/compare.py s0 --figure curve.png    # and the first run along its steps
+    python docs/evidence/compare.py rl --figure curve.png --supervised sft  # begun with the policy of another run
 
 The yardsticks are popularity, and the ranker alone over the whole catalogue. They serve the same test prompts, and
 neither can hallucinate; neither needs a policy. What a run was given is read from its config.json.
@@ -53,16 +54,21 @@ def serve(score, prompts, batch=100):
     return found | {"ndcg@10": torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0).mean().item()}
 
 
+def read(run):
+    """(settings, lines of metrics.jsonl) of a run, be it complete or not."""
+    cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
+    return cfg, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
-           "halluc. %": "hallucination", "admitted %": "admitted"}
+           "halluc. %": "hallucination", "sampled %": "sampled_hallucination", "admitted %": "admitted"}
 
 
 def collect(runs):
     """{row: [{metric: value} of each run]}: the methods in the order of the runs, then the yardsticks."""
     rows = {}
     for run in runs:
-        cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        cfg, lines = read(run)
         found = {line["method"]: line for line in lines if line["phase"] == "test"}
         data = nano.load_data(cfg.data, cfg)
         test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
@@ -109,20 +115,23 @@ def curves(lines, n):
             "rl": {name: along("hr@10", "valid", name) for name in methods}}
 
 
-def draw(run, path):
-    """Left the supervised steps, right the methods from the policy that they made."""
-    cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
-    found = curves(lines, n)
+def draw(run, path, supervised=None):
+    """Left the supervised steps, of this run or of the one that made its base; right the methods from there on."""
+    def panels(run):
+        cfg, lines = read(run)
+        n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
+        return cfg.sft_batch_size, n, curves(lines, n)
+
+    batch, _, before = panels(supervised or run)
+    _, n, after = panels(run)
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = left.twinx()
-    for axes, panel in ((left, "supervised"), (loss, "nll"), (right, "rl")):
-        for label, (steps, values, errors) in found[panel].items():
+    for axes, lines in ((left, before["supervised"]), (loss, before["nll"]), (right, after["rl"])):
+        for label, (steps, values, errors) in lines.items():
             look = {"hallucination": "s--", "training NLL": "k:"}.get(label, "o-")
             axes.errorbar(steps, values, errors, fmt=look, label=label, capsize=2, ms=4)
-    left.set(title=f"supervised steps of {cfg.sft_batch_size}", xlabel="step", ylabel="% on validation prompts", ylim=0)
+    left.set(title=f"supervised steps of {batch}", xlabel="step", ylabel="% on validation prompts", ylim=0)
     loss.set(ylabel="nats per token")
     right.set(title=f"then RL: HR@10 on {n} validation prompts", xlabel="step", ylabel="%")
     left.legend(loc="upper center", fontsize=9)
@@ -137,11 +146,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
     parser.add_argument("--figure", type=Path, help="draw the first run's curves into this file")
+    parser.add_argument("--supervised", type=Path, help="the run whose supervised steps made its base, if another")
     args = parser.parse_args(argv)
     rows = collect(args.runs)
     print(table(rows))
     if args.figure:
-        draw(args.runs[0], args.figure)
+        draw(args.runs[0], args.figure, args.supervised)
     return rows
 
 

@@ -65,7 +65,7 @@ def test_the_table_holds_mean_and_spread_over_runs_and_differences_within_them(f
     assert list(cells) == ["base", "nll", "adagrpo", "popularity", "ranker alone"]
     # Of 13 and 31 %: mean 22, deviations of 9, so a sample standard deviation of 9 * sqrt(2). Differences 3 and 1.
     assert cells["adagrpo"][1] == "22.00 ± 12.73" and cells["adagrpo"][-1] == "+2.00 ± 1.41"
-    assert cells["adagrpo"][5] == "10.00 ± 0.00" and cells["base"][5] == ""
+    assert cells["adagrpo"][6] == "10.00 ± 0.00" and cells["base"][6] == ""
     assert cells["popularity"][1] == "75.00 ± 0.00" and cells["popularity"][4] == ""
     assert cells["popularity"][-1] == "+55.00 ± 14.14"
     assert [one["hr@10"] for one in rows["popularity"]] == [0.75, 0.75]
@@ -91,3 +91,25 @@ def test_the_figure_shows_what_was_logged_with_the_standard_error_of_a_share(fol
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         compare.main([str(run), "--figure", str(run / "curve.png")])
         assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_supervised_steps_may_be_those_of_another_run(folder, tmp_path, monkeypatch):
+    sft = [{"phase": "sft", "step": 1, "nll": 6.0},
+           {"phase": "sft_valid", "method": "base", "step": 1, "hr@10": 0.1, "hallucination": 0.9}]
+    rl = [{"phase": "sft", "step": 1, "nll": 3.0}, {"phase": "valid", "method": "nll", "step": 2, "hr@10": 0.5}]
+    for name, batch, lines in (("sft", 32, sft), ("rl", 8, rl)):
+        (tmp_path / name).mkdir()
+        cfg = nano.Settings(data=str(folder), sft_batch_size=batch)
+        (tmp_path / name / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr(compare.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    compare.draw(tmp_path / "rl", tmp_path / "curve.png", tmp_path / "sft")
+    left, right, loss = drawn[0].axes
+
+    def heights(axes):
+        return {name: list(line.lines[0].get_ydata()) for line, name in zip(*axes.get_legend_handles_labels(),
+                                                                            strict=True)}
+
+    assert heights(left) == {"HR@10": [10], "hallucination": [90]} and heights(loss) == {"training NLL": [6]}
+    assert heights(right) == {"nll": [50]} and "of 32" in left.get_title()
