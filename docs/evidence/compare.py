@@ -134,8 +134,8 @@ def draw(run, path, supervised=None):
     left.set(title=f"supervised steps of {batch}", xlabel="step", ylabel="% on validation prompts", ylim=0)
     loss.set(ylabel="nats per token")
     right.set(title=f"then RL: HR@10 on {n} validation prompts", xlabel="step", ylabel="%")
-    left.legend(loc="upper center", fontsize=9)
-    loss.legend(loc="lower center", fontsize=9)
+    both = [left.get_legend_handles_labels(), loss.get_legend_handles_labels()]
+    loss.legend(*map(sum, zip(*both, strict=True), ([], [])), loc="center right", fontsize=9)
     right.legend(fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
