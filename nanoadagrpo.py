@@ -521,8 +521,8 @@ def toy_world(cfg, world=World()):
     pull = np.exp(context)
     # Bait works where the last item lies in one of these nodes: drawn until half of all choices fall into them.
     often = np.bincount(node, (wanted / wanted.sum(1, keepdims=True)).mean(0))  # (nodes,) their shares
-    order = g.permutation(nodes)
-    baited = np.isin(np.arange(nodes), order[often[order].cumsum() - often[order] / 2 < 0.5])[node]  # (N,)
+    drawn = g.permutation(nodes)
+    baited = np.isin(np.arange(nodes), drawn[often[drawn].cumsum() - often[drawn] / 2 < 0.5])[node]  # (N,)
     rl_week = w.warm_up + w.sft
     life = np.zeros((w.users, rl_week + w.rl + w.valid + w.test), int)
     logs = []
@@ -768,9 +768,10 @@ def last_layer_without(unasked, model):
         made = F.pad(made, (0, 0, unasked, 0))
         return (made, *more) if more else made
 
-    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))  # the layers come first
-    layers, hooks = itertools.islice(lists, bool(unasked)), []
-    for part in [x for one in layers for name, x in one[-1].named_modules() if name in LATE]:
+    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))
+    layers = list(next(lists, [])) if unasked else []  # the layers come first
+    hooks = []
+    for part in [x for layer in layers[-1:] for name, x in layer.named_modules() if name in LATE]:
         hooks += [part.register_forward_pre_hook(shorter), part.register_forward_hook(as_long_as_before)]
     try:
         yield

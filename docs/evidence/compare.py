@@ -122,8 +122,8 @@ def draw(run, path, supervised=None):
         n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
         return cfg.sft_batch_size, n, curves(lines, n)
 
-    batch, _, before = panels(supervised or run)
-    _, n, after = panels(run)
+    _, n, after = mine = panels(run)
+    batch, _, before = panels(supervised) if supervised else mine
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = left.twinx()
@@ -134,8 +134,8 @@ def draw(run, path, supervised=None):
     left.set(title=f"supervised steps of {batch}", xlabel="step", ylabel="% on validation prompts", ylim=0)
     loss.set(ylabel="nats per token")
     right.set(title=f"then RL: HR@10 on {n} validation prompts", xlabel="step", ylabel="%")
-    both = [left.get_legend_handles_labels(), loss.get_legend_handles_labels()]
-    loss.legend(*map(sum, zip(*both, strict=True), ([], [])), loc="center right", fontsize=9)
+    (shares, names), (losses, name) = left.get_legend_handles_labels(), loss.get_legend_handles_labels()
+    loss.legend(shares + losses, names + name, loc="center right", fontsize=9)
     right.legend(fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.3)

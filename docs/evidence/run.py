@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The evidence: every method and control on the toy, seed by seed, and the page that reports them.
 
-    python docs/evidence/run.py --tune --jobs 2                   # once: doses, on seeds 0-2 -> docs/evidence/dose.json
+    python docs/evidence/run.py --tune --seeds 0,1 --baits 1      # once: doses -> docs/evidence/dose.json
     python docs/evidence/run.py --seeds 100-109 --jobs 2          # everything -> docs/results.md and its figures
     python docs/evidence/run.py --seeds 0,1 --size small --out X  # a toy of the toy, in a minute: X/results.md
 
