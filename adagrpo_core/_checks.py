@@ -3,9 +3,10 @@
 and a traced array has none."""
 
 from fractions import Fraction
+from functools import lru_cache
 
 AXES = {"B": "prompts", "K": "rollouts per prompt", "M": "negatives", "L": "tokens", "L*": "tokens", "N": "rows"}
-REAL = ("real floating",)
+REAL = "real floating"
 NUMBER = ("integral", "real floating")
 TIES = ("min", "max", "average")
 
@@ -15,19 +16,25 @@ def check_shape(xp, name, array, letters, sizes, *, kind=REAL):
 
     ``kind`` is a dtype kind in the array API's names, or None for any.
     """
-    wanted = letters.split()
-    shape = tuple(array.shape)
+    wanted, shape = letters.split(), tuple(array.shape)
+    fits = len(shape) == len(wanted)
+    for axis, n in zip(wanted, shape, strict=False):
+        fits = fits and n >= 1 and sizes.get(axis, n) == n
+    if not fits:
+        raise ValueError(f"{name}: {_what_does_not_fit(wanted, shape, sizes)}")
+    sizes.update(zip(wanted, shape, strict=True))
+    if kind is not None:
+        check_dtype(xp, name, array, kind)
+
+
+def _what_does_not_fit(wanted, shape, sizes):
     if len(shape) != len(wanted) or any(sizes.get(axis, n) != n for axis, n in zip(wanted, shape, strict=True)):
         spec = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in wanted)
         spec += "," if len(wanted) == 1 else ""
         meaning = ", ".join(f"{axis} {AXES[axis]}" for axis in wanted)
-        raise ValueError(f"{name}: expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}")
-    sizes.update(zip(wanted, shape, strict=True))
-    for axis, n in zip(wanted, shape, strict=True):
-        if n < 1:
-            raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
-    if kind is not None:
-        check_dtype(xp, name, array, kind)
+        return f"expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}"
+    axis = next(axis for axis, n in zip(wanted, shape, strict=True) if n < 1)
+    return f"expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}"
 
 
 def check_same_shape(xp, name, array, like_name, like, *, kind):
@@ -76,13 +83,18 @@ def as_fraction(name, value):
 
     Binary rounding must not move a threshold: 0.29 * 100 is 28.999..., so rank 29 would fall on its wrong side.
     """
-    fraction = Fraction(float(value)).limit_denominator(10**6) if 0 < value < 1 else Fraction(0)
+    fraction = _nearest_fraction(float(value)) if 0 < value < 1 else Fraction(0)
     if not 0 < fraction < 1:
         raise ValueError(
             f"{name}: expected a fraction strictly between 0 and 1, got {value!r}; "
             f"pass a share of the K rollouts, such as {'1/3' if name == 'tau' else '0.1'}"
         )
     return fraction
+
+
+@lru_cache(maxsize=64)  # a run asks for the same two or three at every step
+def _nearest_fraction(value):
+    return Fraction(value).limit_denominator(10**6)
 
 
 def check_tau(tau, K):

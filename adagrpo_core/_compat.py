@@ -21,11 +21,10 @@ def stop_gradient(x, /):
     return x
 
 
-def widen(x, /):
+def widen(xp, x, /):
     """Half precision as float32, anything else as it is.
 
     bfloat16 holds 8 significant bits: a mean over K rollouts or L tokens would round at every addition. Callers
     widen, compute, and round once at the end.
     """
-    xp = array_namespace(x)
     return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x

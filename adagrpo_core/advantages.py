@@ -56,14 +56,15 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
             f"rewards: expected K > correction={correction}, got K={sizes['K']}; "
             "sample more rollouts per prompt, or pass correction=0"
         )
-    wide = stop_gradient(widen(rewards))
+    wide = stop_gradient(widen(xp, rewards))
     # Measured from the first reward of the group, equal rewards differ by exactly 0. Measured from the mean they need
     # not: seven float32 rewards of 0.7 then have a spread of 6e-8, and a tiny eps makes that advantages of 0.8.
     wide = wide - wide[:, :1]
     centred = wide - xp.mean(wide, axis=1, keepdims=True)
-    scale = xp.std(wide, axis=1, correction=correction, keepdims=True) + eps
-    # Only a group without spread has scale 0, and only for eps=0; its centred rewards are 0 as well.
-    return xp.astype(centred / xp.where(scale == 0, 1.0, scale), rewards.dtype, copy=False)
+    # For eps=0 the smallest number stands in, that a group without spread is divided by something; no other feels it.
+    least = float(xp.finfo(wide.dtype).smallest_normal)
+    spread = xp.std(wide, axis=1, correction=correction, keepdims=True)
+    return xp.astype(centred / (spread + max(eps, least)), rewards.dtype, copy=False)
 
 
 def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
@@ -119,7 +120,7 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     check_shape(xp, "clip", clip, "B", sizes, kind="bool")
     check_scalar("lam", lam)
     K = sizes["K"]
-    wide = stop_gradient(widen(advantages))
+    wide = stop_gradient(widen(xp, advantages))
     rollouts = xp.where(clip[:, None], wide, 0.0) * (lam * ((K + 1) / K))
     rows = xp.concat([rollouts, xp.full_like(wide[:, :1], K + 1)], axis=1)
     return xp.astype(rows, advantages.dtype, copy=False)

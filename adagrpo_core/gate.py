@@ -48,10 +48,10 @@ def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = 
     >>> difficulty(np.asarray([-0.5, -1.5, float("nan")]), rollouts).tolist()
     [False, True, False]
     """
-    entries, pool = policy_pool(target_logp, rollout_logp)
-    K = rollout_logp.shape[1]
-    hard = doubled_ranks(entries, pool, ties)[:, 0] > _doubled_threshold(check_tau(tau, K), K)
-    return hard & _comparable(pool)
+    xp, K = array_namespace(target_logp, rollout_logp), rollout_logp.shape[-1]
+    entries, pool = policy_pool(xp, target_logp, rollout_logp)
+    hard = doubled_ranks(xp, entries, pool, ties)[:, 0] > _doubled_threshold(check_tau(tau, K), K)
+    return hard & _comparable(xp, pool)
 
 
 def reliability(
@@ -103,12 +103,12 @@ def reliability(
     >>> reliability(np.asarray([0.9, 0.9]), rollouts, np.asarray([[0.1], [0.8]])).tolist()
     [True, False]
     """
-    entries, pool = reward_pool(target_reward, rollout_rewards, negative_rewards)
-    xp, K = array_namespace(pool), rollout_rewards.shape[1]
-    doubled = doubled_ranks(entries, pool, ties)
+    xp, K = array_namespace(target_reward, rollout_rewards, negative_rewards), rollout_rewards.shape[-1]
+    entries, pool = reward_pool(xp, target_reward, rollout_rewards, negative_rewards)
+    doubled = doubled_ranks(xp, entries, pool, ties)
     prominent = doubled[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
     suppressed = xp.all(doubled[:, 1:] > _doubled_threshold(1 - as_fraction("rho", rho), K), axis=1)
-    return prominent & suppressed & _comparable(pool)
+    return prominent & suppressed & _comparable(xp, pool)
 
 
 def sample_clip(difficult, reliable, /):
@@ -155,9 +155,10 @@ def sample_clip(difficult, reliable, /):
     return difficult & reliable
 
 
-def _comparable(pool):
-    """Whether a row (B, P) holds no NaN, which alone differs from itself."""
-    return array_namespace(pool).all(pool == pool, axis=1)
+def _comparable(xp, pool):
+    """Whether a row (B, P) holds no NaN: its maximum would be one, which alone differs from itself."""
+    largest = xp.max(pool, axis=1)
+    return largest == largest
 
 
 def _doubled_threshold(fraction, K):

@@ -92,7 +92,7 @@ def length_normalized(token_logp, /, mask=None):
         )
     check_dtype(xp, "token_logp", token_logp, REAL)
     _check_mask(xp, "mask", mask, "token_logp", token_logp)
-    return xp.astype(_token_mean(widen(token_logp), mask, float("nan")), token_logp.dtype, copy=False)
+    return xp.astype(_token_mean(xp, widen(xp, token_logp), mask, float("nan")), token_logp.dtype, copy=False)
 
 
 def nll_loss(target_token_logp, /, mask=None):
@@ -135,7 +135,8 @@ def nll_loss(target_token_logp, /, mask=None):
     xp = array_namespace(target_token_logp, mask)
     check_shape(xp, "target_token_logp", target_token_logp, "B L", {})
     _check_mask(xp, "mask", mask, "target_token_logp", target_token_logp)
-    return -length_normalized(target_token_logp, mask)
+    nll = -_token_mean(xp, widen(xp, target_token_logp), mask, float("nan"))
+    return xp.astype(nll, target_token_logp.dtype, copy=False)
 
 
 def grpo_loss(
@@ -216,26 +217,27 @@ def grpo_loss(
     check_positive("epsilon_high", epsilon_high)
     _check_reference(xp, ref_token_logp, beta, sizes)
     _check_mask(xp, "mask", mask, "token_logp", token_logp)
-    logp, old, A = widen(token_logp), stop_gradient(widen(old_token_logp)), stop_gradient(advantages)[:, :, None]
-    live = mask
+    logp, A, live = widen(xp, token_logp), stop_gradient(advantages)[:, :, None], mask
     if clip is not None:
         check_shape(xp, "clip", clip, "B", sizes, kind="bool")
         admitted = clip[:, None, None]
-        live, A = admitted if mask is None else mask & admitted, xp.where(admitted, A, 0.0)
+        A, live = xp.where(admitted, A, 0.0), admitted if mask is None else mask & admitted
 
     def where_live(x):  # a number in place of what is not to be read
         return x if live is None else xp.where(live, x, 0.0)
 
     # Masked on this side of the exponential: masked behind it, an overflow would send NaN back through the gradient.
     logp = where_live(logp)
-    ratio = xp.exp(logp - where_live(old))
+    ratio = xp.exp(logp - where_live(stop_gradient(widen(xp, old_token_logp))))
     # min(w A, clip(w) A) is w A, until w has passed the limit on the side that A rewards: from there on it is limit A.
-    limit = xp.where(A < 0, 1 - epsilon, xp.full_like(ratio[:, :, :1], 1 + epsilon_high))
-    loss = -xp.where((ratio - limit) * A > 0, limit, ratio) * A
+    limit = xp.where(A < 0, 1 - epsilon, xp.full_like(A, 1 + epsilon_high, dtype=ratio.dtype))
+    gain = xp.where((ratio - limit) * A > 0, limit, ratio) * A
     if beta > 0:
-        gap = where_live(stop_gradient(widen(ref_token_logp))) - logp
-        loss = loss + (xp.exp(gap) - gap - 1) * beta
-    return xp.astype(xp.mean(_token_mean(loss, mask, 0.0), axis=1), token_logp.dtype, copy=False)
+        gap = where_live(stop_gradient(widen(xp, ref_token_logp))) - logp
+        gain = gain - (xp.exp(gap) - gap - 1) * beta
+    # Without a mask all rollouts are as long, and the mean over tokens and the one over rollouts are one.
+    mean = xp.mean(gain, axis=(1, 2)) if mask is None else xp.mean(_token_mean(xp, gain, mask, 0.0), axis=1)
+    return xp.astype(-mean, token_logp.dtype, copy=False)
 
 
 def adagrpo_loss(
@@ -342,19 +344,19 @@ def adagrpo_loss(
     check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
     check_scalar("lam", lam)
 
-    nll = nll_loss(widen(target_token_logp), target_mask)
+    nll = nll_loss(widen(xp, target_token_logp), target_mask)
     if target_old_logp is None:
         target_old_logp = -nll
     check_shape(xp, "target_old_logp", target_old_logp, "B", sizes)
-    rollout_logp = length_normalized(widen(old_token_logp), mask)  # the policy-side pool, but for the truth
+    rollout_logp = length_normalized(widen(xp, old_token_logp), mask)  # the policy-side pool, but for the truth
     pools = (target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
     difficult = difficulty(*pools[0], tau=tau, ties=ties)
     reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)
     clip = sample_clip(difficult, reliable)
 
-    advantages = group_advantages(widen(rewards), eps=eps, correction=correction)
+    advantages = group_advantages(widen(xp, rewards), eps=eps, correction=correction)
     surrogate = {"epsilon": epsilon, "epsilon_high": epsilon_high, "ref_token_logp": ref_token_logp, "beta": beta}
-    grpo = grpo_loss(widen(token_logp), old_token_logp, advantages, mask, clip=clip, **surrogate)
+    grpo = grpo_loss(widen(xp, token_logp), old_token_logp, advantages, mask, clip=clip, **surrogate)
     return AdaGRPOLoss(
         xp.astype(nll + grpo * lam, target_token_logp.dtype, copy=False),
         xp.astype(nll, target_token_logp.dtype, copy=False),
@@ -367,9 +369,8 @@ def adagrpo_loss(
     )
 
 
-def _token_mean(values, mask, empty):
+def _token_mean(xp, values, mask, empty):
     """Mean over the last axis of the values that count; ``empty`` where none does, without a gradient."""
-    xp = array_namespace(values, mask)
     if mask is None:
         return xp.mean(values, axis=-1)
     total = xp.sum(xp.where(mask, values, 0.0), axis=-1)

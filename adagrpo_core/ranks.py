@@ -64,7 +64,8 @@ def policy_rank(target_logp, rollout_logp, /, *, ties: str = "min"):
     >>> policy_rank(np.asarray([-2.0]), np.asarray([[-1.0, -2.0, -3.0]]), ties="max").tolist()
     [3]
     """
-    return _ranks(*policy_pool(target_logp, rollout_logp), ties)[:, 0]
+    xp = array_namespace(target_logp, rollout_logp)
+    return _ranks(xp, *policy_pool(xp, target_logp, rollout_logp), ties)[:, 0]
 
 
 def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: str = "min") -> RewardRanks:
@@ -110,16 +111,16 @@ def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: s
     >>> ranks.target.tolist(), ranks.negatives.tolist()
     ([1], [[5, 3]])
     """
-    ranks = _ranks(*reward_pool(target_reward, rollout_rewards, negative_rewards), ties)
+    xp = array_namespace(target_reward, rollout_rewards, negative_rewards)
+    ranks = _ranks(xp, *reward_pool(xp, target_reward, rollout_rewards, negative_rewards), ties)
     return RewardRanks(ranks[:, 0], ranks[:, 1:])
 
 
 # -- The pools, and twice the rank: the halves of ties="average" are whole then, and the gate compares integers --------
 
 
-def policy_pool(target_logp, rollout_logp):
+def policy_pool(xp, target_logp, rollout_logp):
     """The checked pool of eq. 6: the entry to be ranked (B, 1), and all there are (B, K+1)."""
-    xp = array_namespace(target_logp, rollout_logp)
     sizes = {}
     check_shape(xp, "target_logp", target_logp, "B", sizes)
     check_shape(xp, "rollout_logp", rollout_logp, "B K", sizes)
@@ -127,9 +128,8 @@ def policy_pool(target_logp, rollout_logp):
     return target, xp.concat([rollout_logp, target], axis=1)
 
 
-def reward_pool(target_reward, rollout_rewards, negative_rewards):
+def reward_pool(xp, target_reward, rollout_rewards, negative_rewards):
     """The checked pool of eq. 8: truth and negatives to be ranked (B, 1+M), and all there are (B, K+1+M)."""
-    xp = array_namespace(target_reward, rollout_rewards, negative_rewards)
     sizes = {}
     check_shape(xp, "target_reward", target_reward, "B", sizes)
     check_shape(xp, "rollout_rewards", rollout_rewards, "B K", sizes)
@@ -138,10 +138,9 @@ def reward_pool(target_reward, rollout_rewards, negative_rewards):
     return judged, xp.concat([rollout_rewards, judged], axis=1)
 
 
-def doubled_ranks(entries, pool, ties):
+def doubled_ranks(xp, entries, pool, ties):
     """Twice the rank of each entry (B, E) in its pool (B, P), which holds the entries too. No NaN may be read."""
     check_ties(ties)
-    xp = array_namespace(entries, pool)
     entries, pool = entries[:, :, None], pool[:, None, :]
 
     def count(hits):  # int32 everywhere, where libraries disagree on the default integer
@@ -154,10 +153,9 @@ def doubled_ranks(entries, pool, ties):
     return 2 * (larger + equal) if ties == "max" else 2 * larger + equal + 1
 
 
-def _ranks(entries, pool, ties):
+def _ranks(xp, entries, pool, ties):
     """Ranks, whole but for ties="average", whose halves float32 holds exactly. A NaN is ranked as minus infinity:
     compared as it is, it would be beaten by nobody and so come out best."""
-    xp = array_namespace(entries, pool)
     entries, pool = (xp.where(xp.isnan(x), float("-inf"), x) for x in (entries, pool))
-    doubled = doubled_ranks(entries, pool, ties)
+    doubled = doubled_ranks(xp, entries, pool, ties)
     return xp.astype(doubled, xp.float32) / 2 if ties == "average" else doubled // 2
