@@ -83,8 +83,8 @@ def as_fraction(name, value):
 
     Binary rounding must not move a threshold: 0.29 * 100 is 28.999..., so rank 29 would fall on its wrong side.
     """
-    fraction = _nearest_fraction(float(value)) if 0 < value < 1 else Fraction(0)
-    if not 0 < fraction < 1:
+    fraction = _nearest_fraction(float(value)) if 0 < value < 1 else None
+    if fraction is None:
         raise ValueError(
             f"{name}: expected a fraction strictly between 0 and 1, got {value!r}; "
             f"pass a share of the K rollouts, such as {'1/3' if name == 'tau' else '0.1'}"
@@ -94,7 +94,8 @@ def as_fraction(name, value):
 
 @lru_cache(maxsize=64)  # a run asks for the same two or three at every step
 def _nearest_fraction(value):
-    return Fraction(value).limit_denominator(10**6)
+    fraction = Fraction(value).limit_denominator(10**6)
+    return fraction if 0 < fraction < 1 else None
 
 
 def check_tau(tau, K):
