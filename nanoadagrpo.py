@@ -663,15 +663,58 @@ def own_negatives(catalogue, cfg):
 # == 5. The policy, and the tree of tokens ============================================================================
 
 
+class Words(NamedTuple):
+    """What the model has of the tokens that prompts and items are made of.
+
+    Looked up once for a tree, prompt included: each look-up's gradient is as large as the model's whole vocabulary.
+    """
+
+    vectors: torch.Tensor  # (S + 2, width) of SID tokens, the question and the start, to go in; 2 or what these need
+    head: torch.Tensor  # (S, width) rows of the head; the others are never computed
+    bias: torch.Tensor | None  # (S,) of the head
+
+
 class Trunk(NamedTuple):
     """Prompts that were read once; every tree below grows on them."""
 
     cache: list  # per layer, keys and values (B, heads, T, width)
     visible: torch.Tensor  # (B, T) boolean, False at padding
     logp: torch.Tensor  # (B, 1, S) log-probabilities of the first SID token
+    words: Words
 
     def rows(self, index):
-        return Trunk([(k[index], v[index]) for k, v in self.cache], self.visible[index], self.logp[index])
+        return Trunk([(k[index], v[index]) for k, v in self.cache], self.visible[index], self.logp[index], self.words)
+
+
+class Product(torch.autograd.Function):
+    """x W', whose gradient for the weights W is added up where it lies, in W.grad.
+
+    Autograd would write that of every pass (prompts, each level of the tree) to memory of its own and add these later.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            factors = gradient.flatten(0, -2).T, x.flatten(0, -2)
+            weight.grad = torch.mm(*factors) if weight.grad is None else weight.grad.addmm_(*factors)
+        return gradient @ weight, None
+
+
+LARGE = 2**18  # weights of a layer from which on that pays
+
+
+class LargeLinear(nn.Linear):
+    """nn.Linear with that product."""
+
+    def forward(self, x):
+        y = Product.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class Policy:
@@ -692,6 +735,9 @@ class Policy:
         self.start = torch.tensor([] if start is None else [start], dtype=torch.long, device=cfg.device)
         able = cfg.model and cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
         self.half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(able))
+        for layer in model.modules():
+            if type(layer) is nn.Linear and layer.weight.numel() >= LARGE and not self.half:
+                layer.__class__ = LargeLinear
 
     def precision(self):
         """Products in bfloat16 where that is wanted. Weights stay float32: small steps would round to none in less."""
@@ -702,7 +748,13 @@ class Policy:
         if self.tokenizer:
             self.tokenizer.save_pretrained(folder)
 
-    def run(self, ids, visible, positions, cache=None, unasked=0):
+    def words(self):
+        head = self.model.get_output_embeddings()
+        known = torch.cat([self.vocabulary, self.ask, self.start])  # numbered from 0 on below: SID tokens as ever
+        return Words(self.model.get_input_embeddings()(known), head.weight[self.vocabulary],
+                     None if head.bias is None else head.bias[self.vocabulary])
+
+    def run(self, words, tokens, visible, positions, cache=None, unasked=0):
         """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache.
 
         Nobody will ask the first `unasked` of them what comes next: their `hidden` is worth nothing.
@@ -716,16 +768,15 @@ class Policy:
         mask = mask.masked_fill(~visible, blocked).unsqueeze(1)
         cache = DynamicCache(cache)  # wraps, copies nothing: a prompt can be grown upon many times
         with self.precision(), last_layer_without(unasked, model):
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+            hidden = model.base_model(inputs_embeds=F.embedding(tokens, words.vectors), attention_mask=mask,
+                                      position_ids=positions, use_cache=True,
                                       **{self.takes_cache_as: cache}).last_hidden_state
         return hidden, [(layer.keys, layer.values) for layer in cache.layers]
 
-    def logp(self, hidden):
-        """Over the SID tokens alone; the other rows of the head are never computed."""
-        head = self.model.get_output_embeddings()
-        bias = None if head.bias is None else head.bias[self.vocabulary]
+    def logp(self, words, hidden):
+        """Over the SID tokens alone."""
         with self.precision():
-            logits = F.linear(hidden, head.weight[self.vocabulary], bias).float()
+            logits = F.linear(hidden, words.head, words.bias).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2
         return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
 
@@ -735,18 +786,19 @@ class Policy:
         With SID tokens `after` it (B, l), over these too: T is longer by l, and logp is that of l + 1 next tokens.
         """
         history = history[:, (history >= 0).any(0)]
-        B = len(history)
-        ids = self.vocabulary[self.catalogue.tokens[history.clamp(min=0)]].flatten(1)
-        ids = torch.cat([self.start.expand(B, -1), ids, self.ask.expand(B, 1)], 1)  # (B, T)
+        words, B, S = self.words(), len(history), self.catalogue.S
+        ask, *start = torch.arange(S, len(words.vectors), device=history.device).split(1)
+        tokens = self.catalogue.tokens[history.clamp(min=0)].flatten(1)
+        tokens = torch.cat([x.expand(B, -1) for x in (*start, tokens, ask)], 1)  # (B, T)
         visible = (history >= 0).repeat_interleave(self.catalogue.L, dim=1)
         visible = torch.cat([visible.new_ones(B, len(self.start)), visible, visible.new_ones(B, 1)], 1)  # (B, T)
-        T = ids.shape[1]
+        T = tokens.shape[1]
         if after is not None:
-            ids, visible = torch.cat([ids, self.vocabulary[after]], 1), F.pad(visible, (0, after.shape[1]), value=True)
-        causal = visible.new_ones(ids.shape[1], ids.shape[1]).tril()
+            tokens, visible = torch.cat([tokens, after], 1), F.pad(visible, (0, after.shape[1]), value=True)
+        causal = visible.new_ones(tokens.shape[1], tokens.shape[1]).tril()
         positions = (visible.cumsum(1) - 1).clamp(min=0)
-        hidden, cache = self.run(ids, visible.unsqueeze(1) & causal, positions, unasked=T - 1)
-        return Trunk(cache, visible, self.logp(hidden[:, T - 1 :]))
+        hidden, cache = self.run(words, tokens, visible.unsqueeze(1) & causal, positions, unasked=T - 1)
+        return Trunk(cache, visible, self.logp(words, hidden[:, T - 1 :]), words)
 
 
 LATE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")  # what comes after, or has no part in, keys and values
@@ -791,7 +843,7 @@ def grow(policy, prompt, pick):
     ancestors and itself. So the prompt is never repeated, and nothing is reordered when a beam changes its parent.
     """
     logp = prompt.logp  # (B, 1, S): the only branch is the prompt
-    cache, visible = prompt.cache, prompt.visible
+    cache, visible, words = prompt.cache, prompt.visible, prompt.words
     B, T = visible.shape
     tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
     sees = visible.new_zeros(B, 1, 0)  # which of the tree's tokens each branch descends from
@@ -800,12 +852,13 @@ def grow(policy, prompt, pick):
             m = tokens.shape[1]  # branches so far; the last token of each is run now
             sees = torch.cat([sees, torch.eye(m, dtype=bool, device=sees.device).expand(B, m, m)], -1)
             hidden, cache = policy.run(
-                policy.vocabulary[tokens[..., -1]],
+                words,
+                tokens[..., -1],
                 torch.cat([visible.unsqueeze(1).expand(B, m, T), sees], -1),
                 (visible.sum(1, keepdim=True) + level - 1).expand(B, m),
                 cache,
             )
-            logp = policy.logp(hidden)
+            logp = policy.logp(words, hidden)
         parent, token = pick(level, logp, token_logp.sum(-1))
         chosen = logp[torch.arange(B, device=parent.device)[:, None], parent, token].unsqueeze(-1)
         tokens = torch.cat([inherit(tokens, parent), token.unsqueeze(-1)], -1)
@@ -831,12 +884,13 @@ def score(policy, prompt, tokens):
     visible, depth = prompt.visible, L - 1  # the last token predicts nothing
     sees = torch.block_diag(*[visible.new_ones(depth, depth).tril()] * n)  # ancestors and itself
     hidden, _ = policy.run(
-        policy.vocabulary[tokens[..., :-1]].flatten(1),  # (B, n * depth), branch after branch
+        prompt.words,
+        tokens[..., :-1].flatten(1),  # (B, n * depth), branch after branch
         torch.cat([visible.unsqueeze(1).expand(B, n * depth, -1), sees.expand(B, -1, -1)], -1),
         visible.sum(1, keepdim=True) + torch.arange(depth, device=visible.device).repeat(n),
         prompt.cache,
     )
-    others = policy.logp(hidden).view(B, n, depth, -1).gather(-1, tokens[..., 1:].unsqueeze(-1))[..., 0]
+    others = policy.logp(prompt.words, hidden).view(B, n, depth, -1).gather(-1, tokens[..., 1:].unsqueeze(-1))[..., 0]
     return torch.cat([first, others], -1)
 
 
@@ -978,9 +1032,9 @@ def supervise(policy, batch):
     One pass over prompt and truth says both: what comes later changes nothing before it, and is cut off again.
     """
     target = policy.catalogue.tokens[batch.target]
-    cache, visible, logp = policy.read(batch.history, target[:, :-1])  # the last token predicts nothing
+    cache, visible, logp, words = policy.read(batch.history, target[:, :-1])  # the last token predicts nothing
     T = visible.shape[1] - target.shape[1] + 1
-    prompt = Trunk([(k[:, :, :T], v[:, :, :T]) for k, v in cache], visible[:, :T], logp[:, :1])
+    prompt = Trunk([(k[:, :, :T], v[:, :, :T]) for k, v in cache], visible[:, :T], logp[:, :1], words)
     return prompt, logp.gather(-1, target.unsqueeze(-1))[..., 0]
 
 
@@ -1399,6 +1453,7 @@ def run(cfg):
     disable_progress_bar()  # of saving; ours stay
     # With several threads, sums into the same place (the gradient of an index) would come in any order otherwise.
     torch.use_deterministic_algorithms(cfg.device == "cpu", warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     out = Path(cfg.resume) if cfg.resume else new_folder(cfg)
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     reward = own_reward(cfg) if cfg.reward else None

@@ -163,9 +163,9 @@ def tree_of(items, K, seed=0):
     policy = nano.tiny_policy(nano.Catalogue(sids), cfg)
     plain, calls = policy.run, []
 
-    def spied(ids, visible, *others, **more):
-        calls.append(visible[0].expand(ids.shape[1], -1).numpy())
-        return plain(ids, visible, *others, **more)
+    def spied(words, tokens, visible, *others, **more):
+        calls.append(visible[0].expand(tokens.shape[1], -1).numpy())
+        return plain(words, tokens, visible, *others, **more)
 
     policy.run = spied
     with torch.no_grad():

@@ -59,7 +59,7 @@ FAMILIES = {
 class Exact(nano.Policy):
     """A policy whose log-probabilities stay in float64, so that the smallest difference shows."""
 
-    def logp(self, hidden):
+    def logp(self, words, hidden):
         return self.model.get_output_embeddings()(hidden)[..., self.vocabulary].log_softmax(-1)
 
 

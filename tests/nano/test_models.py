@@ -114,7 +114,8 @@ def test_a_prompt_is_the_models_own_start_the_history_and_the_question(tmp_path)
         lambda module, args, options: seen.append(options), with_kwargs=True)
     policy.read(HISTORIES[:1])
     history = policy.vocabulary[CATALOGUE.tokens[3]].tolist()
-    assert seen[0]["input_ids"].tolist() == [[0, *history, policy.ask.item()]]
+    expected = torch.tensor([[0, *history, policy.ask.item()]])
+    assert torch.equal(seen[0]["inputs_embeds"], policy.model.get_input_embeddings()(expected))
     assert policy.tokenizer.convert_ids_to_tokens(history) == ["<a_1>", "<b_0>", "<c_1>"]
     assert load(save_model(tmp_path / "other", bos=False)).start.tolist() == []
 

@@ -348,7 +348,7 @@ def test_the_reward_is_asked_about_rollouts_truth_and_other_prompts_rollouts(mon
 def test_the_prompt_is_run_once_per_update_and_the_rejected_rollouts_not_again(updates):
     policy, sizes = policy_of(), []
     policy.model.base_model.register_forward_pre_hook(
-        lambda module, args, options: sizes.append(options["input_ids"].shape), with_kwargs=True)
+        lambda module, args, options: sizes.append(options["inputs_embeds"].shape[:2]), with_kwargs=True)
     c = cfg(rl_steps=1, updates=updates)
     _, [row] = train("adagrpo", c, policy=policy)
     B, K, T, A = 5, 6, 3 * 3 + 1, round(row["admitted"].item() * 5)
@@ -362,7 +362,7 @@ def test_the_prompt_is_run_once_per_update_and_the_rejected_rollouts_not_again(u
 def test_where_everyone_is_admitted_sampling_leaves_the_graph_and_no_rollout_is_run_twice(name):
     policy, sizes = policy_of(), []
     policy.model.base_model.register_forward_pre_hook(
-        lambda module, args, options: sizes.append(options["input_ids"].shape), with_kwargs=True)
+        lambda module, args, options: sizes.append(options["inputs_embeds"].shape[:2]), with_kwargs=True)
     train(name, cfg(rl_steps=1), policy=policy)
     assert sizes == [(5, 12), (5, 6), (5, 6)]
     again = policy_of()  # two micro-batches keep no graph, and must come to the same weights
@@ -373,7 +373,7 @@ def test_where_everyone_is_admitted_sampling_leaves_the_graph_and_no_rollout_is_
 def test_evaluation_runs_each_prompt_once():
     policy, sizes = policy_of(kind=nano.Policy), []
     policy.model.base_model.register_forward_pre_hook(
-        lambda module, args, options: sizes.append(options["input_ids"].shape), with_kwargs=True)
+        lambda module, args, options: sizes.append(options["inputs_embeds"].shape[:2]), with_kwargs=True)
 
     class Judge:
         def probabilities(self, history, item):

@@ -245,6 +245,48 @@ def test_two_trees_on_one_prompt_add_their_gradients():
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_large_layers_are_added_up_to_what_they_are_elsewhere(family, monkeypatch):
+    batch = nano.Prompts(HISTORIES, torch.tensor([3, 0, 5, 1]), torch.arange(4))
+    tokens = torch.randint(CATALOGUE.S, (2, 4, 5, 3), generator=torch.Generator().manual_seed(2))
+    found = []
+    for least in 1, 10**9:
+        monkeypatch.setattr(nano, "LARGE", least)
+        policy = make_policy(CATALOGUE, family, "eager", seed=1)
+        large = sum(type(layer) is nano.LargeLinear for layer in policy.model.modules())
+        assert large == 0 if least > 1 else large >= 1
+        policy.model.zero_grad()
+        for part in tokens:  # two backward passes, each of prompts, a tree grown level by level, and one scored
+            prompt, target_logp = nano.supervise(policy, batch)
+            grown, scored = nano.grow(policy, prompt, nano.given(part))[1], nano.score(policy, prompt, part.flip(1))
+            (grown.square().sum() + scored.sum() + target_logp.sum()).backward()
+        found.append({name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
+    ours, plain = found
+    assert ours.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-5, atol=1e-5 * plain[name].abs().max().item())
+
+
+def test_a_large_layer_that_is_frozen_gets_no_gradient_and_passes_it_on():
+    layer = torch.nn.Linear(4, 3)
+    layer.__class__ = nano.LargeLinear
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 5, 4))
+    torch.testing.assert_close(layer.bias.grad, torch.full((3,), 10.0))
+
+
+def test_products_in_bfloat16_stay_autograds(monkeypatch):
+    monkeypatch.setattr(nano, "LARGE", 1)
+    model = make_policy(CATALOGUE, "llama").model
+    for layer in model.modules():
+        layer.__class__ = torch.nn.Linear if type(layer) is nano.LargeLinear else type(layer)
+    nano.Policy(model, CATALOGUE, settings(dtype="bfloat16"))
+    assert not any(type(layer) is nano.LargeLinear for layer in model.modules())
+
+
 # -- beam search -------------------------------------------------------------------------------------------------------
 
 
