@@ -196,7 +196,7 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     Notes
     -----
     Gradient: none, indices.
-    NaN: sorted last by every library tried; even then the own group is never drawn.
+    NaN: no key; whether it is drawn first or last is the library's affair, but never from the own group.
 
     Of equal keys the earlier rollout wins, so keys should come from a continuous distribution.
 
@@ -230,5 +230,9 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     column = xp.arange(N - k, device=device(keys))[None, :]
     own = xp.arange(B, device=device(keys))[:, None] * k
     others = xp.where(column < own, column, column + k)  # (B, (B-1)*k)
-    order = xp.argsort(xp.take_along_axis(keys, others, axis=1), axis=1, stable=True)
-    return xp.take_along_axis(others, order[:, :m], axis=1)
+    keys = xp.take_along_axis(keys, others, axis=1)
+    if m == 1:  # the smallest is found in a fraction of the time that it takes to sort
+        chosen = xp.argmin(keys, axis=1, keepdims=True)
+    else:
+        chosen = xp.argsort(keys, axis=1, stable=True)[:, :m]
+    return xp.take_along_axis(others, chosen, axis=1)
