@@ -669,9 +669,9 @@ class Words(NamedTuple):
     Looked up once for a tree, prompt included: each look-up's gradient is as large as the model's whole vocabulary.
     """
 
-    vectors: torch.Tensor  # (S + 2, width) of SID tokens, the question and the start, to go in; 2 or what these need
-    head: torch.Tensor  # (S, width) rows of the head; the others are never computed
-    bias: torch.Tensor | None  # (S,) of the head
+    vectors: torch.Tensor  # (S + 1 or more, width) what goes in for SID tokens, the question, and the start if any
+    head: torch.Tensor  # (S, width) the head's rows of SID tokens; the others are never computed
+    bias: torch.Tensor | None  # (S,) the head's, where it has one
 
 
 class Trunk(NamedTuple):
@@ -689,7 +689,7 @@ class Trunk(NamedTuple):
 class Product(torch.autograd.Function):
     """x W', whose gradient for the weights W is added up where it lies, in W.grad.
 
-    Autograd would write that of every pass (prompts, each level of the tree) to memory of its own and add these later.
+    Autograd would write that of every pass (prompts, each level of the tree) to fresh memory and add all up later.
     """
 
     @staticmethod
@@ -750,7 +750,7 @@ class Policy:
 
     def words(self):
         head = self.model.get_output_embeddings()
-        known = torch.cat([self.vocabulary, self.ask, self.start])  # numbered from 0 on below: SID tokens as ever
+        known = torch.cat([self.vocabulary, self.ask, self.start])  # below, tokens are numbered in this order
         return Words(self.model.get_input_embeddings()(known), head.weight[self.vocabulary],
                      None if head.bias is None else head.bias[self.vocabulary])
 
