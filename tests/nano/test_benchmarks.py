@@ -32,6 +32,11 @@ def test_the_cores_loss_and_gradients_are_those_of_torch_by_hand():
     assert case[0].requires_grad and torch.autograd.grad(work.core_loss(*case), case[0])[0].abs().max() > 0
 
 
+def test_products_are_counted_also_where_they_are_added_in_place():
+    a, b, total = torch.randn(3, 4), torch.randn(4, 5), torch.zeros(3, 5)
+    assert speed.flops(lambda: total.addmm_(a, b)) == speed.flops(lambda: torch.mm(a, b)) == 2 * 3 * 4 * 5
+
+
 def test_a_side_that_computes_something_else_is_not_timed():
     with pytest.raises(AssertionError, match="differ by"):
         work.same("loss", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 1e-5)

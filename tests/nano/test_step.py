@@ -370,6 +370,16 @@ def test_where_everyone_is_admitted_sampling_leaves_the_graph_and_no_rollout_is_
     assert distance(state(policy), state(again)) < 1e-6
 
 
+@pytest.mark.parametrize("name, updates", [("grpo+nll", 1), ("adagrpo", 1), ("adagrpo", 2)])
+def test_vectors_are_looked_up_once_per_update_each_word_once(name, updates):
+    policy, asked = policy_of(), []
+    policy.model.get_input_embeddings().register_forward_hook(lambda module, given, made: asked.append(given[0]))
+    train(name, cfg(rl_steps=1, updates=updates), policy=policy)
+    assert len(asked) == updates, "a look-up's gradient is as large as the vocabulary"
+    for ids in asked:
+        assert torch.equal(ids, torch.cat([policy.vocabulary, policy.ask, policy.start]))
+
+
 def test_evaluation_runs_each_prompt_once():
     policy, sizes = policy_of(kind=nano.Policy), []
     policy.model.base_model.register_forward_pre_hook(
