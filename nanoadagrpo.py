@@ -735,8 +735,8 @@ class Policy:
         self.start = torch.tensor([] if start is None else [start], dtype=torch.long, device=cfg.device)
         able = cfg.model and cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
         self.half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(able))
-        for layer in model.modules():
-            if type(layer) is nn.Linear and layer.weight.numel() >= LARGE and not self.half:
+        for layer in [] if self.half else model.modules():
+            if type(layer) is nn.Linear and layer.weight.numel() >= LARGE:
                 layer.__class__ = LargeLinear
 
     def precision(self):

@@ -16,25 +16,19 @@ def check_shape(xp, name, array, letters, sizes, *, kind=REAL):
 
     ``kind`` is a dtype kind in the array API's names, or None for any.
     """
-    wanted, shape = letters.split(), tuple(array.shape)
-    fits = len(shape) == len(wanted)
-    for axis, n in zip(wanted, shape, strict=False):
-        fits = fits and n >= 1 and sizes.get(axis, n) == n
-    if not fits:
-        raise ValueError(f"{name}: {_what_does_not_fit(wanted, shape, sizes)}")
-    sizes.update(zip(wanted, shape, strict=True))
-    if kind is not None:
-        check_dtype(xp, name, array, kind)
-
-
-def _what_does_not_fit(wanted, shape, sizes):
+    wanted = letters.split()
+    shape = tuple(array.shape)
     if len(shape) != len(wanted) or any(sizes.get(axis, n) != n for axis, n in zip(wanted, shape, strict=True)):
         spec = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in wanted)
         spec += "," if len(wanted) == 1 else ""
         meaning = ", ".join(f"{axis} {AXES[axis]}" for axis in wanted)
-        return f"expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}"
-    axis = next(axis for axis, n in zip(wanted, shape, strict=True) if n < 1)
-    return f"expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}"
+        raise ValueError(f"{name}: expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}")
+    sizes.update(zip(wanted, shape, strict=True))
+    for axis, n in zip(wanted, shape, strict=True):
+        if n < 1:
+            raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
+    if kind is not None:
+        check_dtype(xp, name, array, kind)
 
 
 def check_same_shape(xp, name, array, like_name, like, *, kind):

@@ -27,4 +27,4 @@ def widen(xp, x, /):
     bfloat16 holds 8 significant bits: a mean over K rollouts or L tokens would round at every addition. Callers
     widen, compute, and round once at the end.
     """
-    return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+    return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x

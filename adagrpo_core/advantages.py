@@ -61,10 +61,9 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     # not: seven float32 rewards of 0.7 then have a spread of 6e-8, and a tiny eps makes that advantages of 0.8.
     wide = wide - wide[:, :1]
     centred = wide - xp.mean(wide, axis=1, keepdims=True)
-    # For eps=0 the smallest number stands in, that a group without spread is divided by something; no other feels it.
-    least = float(xp.finfo(wide.dtype).smallest_normal)
-    spread = xp.std(wide, axis=1, correction=correction, keepdims=True)
-    return xp.astype(centred / (spread + max(eps, least)), rewards.dtype, copy=False)
+    scale = xp.std(wide, axis=1, correction=correction, keepdims=True) + eps
+    # Only a group without spread has scale 0, and only for eps=0; its centred rewards are 0 as well.
+    return xp.astype(centred / xp.where(scale == 0, 1.0, scale), rewards.dtype, copy=False)
 
 
 def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):

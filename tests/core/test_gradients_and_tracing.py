@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients against finite differences and between libraries; compilers, vmap, and short floating-point types."""
+"""Gradients against finite differences and between libraries; compilers, vmap, and other floating-point types."""
 
 import jax
 import jax.numpy as jnp
@@ -365,3 +365,11 @@ def test_rewards_and_log_probabilities_may_differ_in_type():
     out = whole(a)
     assert out.loss.dtype == out.nll.dtype == out.grpo.dtype == torch.float32
     assert_alike(out.loss, whole(in_torch(arrays())).loss, rtol=1e-5)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps == np.finfo(np.float64).eps, reason="long double is a double here")
+def test_what_is_longer_than_a_double_stays_so():
+    third = np.longdouble(1) / 3
+    nll = nll_loss(np.asarray([[-third, -third]]))
+    assert nll.dtype == np.longdouble and nll[0] == third
+    assert group_advantages(np.asarray([[third] * 3]), eps=0.0).tolist() == [[0, 0, 0]]
