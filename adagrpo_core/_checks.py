@@ -5,10 +5,42 @@ and a traced array has none."""
 from fractions import Fraction
 from functools import lru_cache
 
+from ._compat import array_namespace
+
 AXES = {"B": "prompts", "K": "rollouts per prompt", "M": "negatives", "L": "tokens", "L*": "tokens", "N": "rows"}
 REAL = "real floating"
 NUMBER = ("integral", "real floating")
 TIES = ("min", "max", "average")
+
+
+class NoSuchArray(TypeError, ValueError):
+    """An argument that is no array, or one of another library. Python calls that a TypeError; every other refusal here
+    is a ValueError, and whoever catches those shall catch this one too."""
+
+
+def namespace(arrays, optional=None):
+    """The library of the arrays, given by name; refuse what is no array and what comes from another library.
+
+    ``optional`` holds arguments that may be None.
+    """
+    given = arrays | {name: array for name, array in (optional or {}).items() if array is not None}
+    xp = first = None
+    for name, array in given.items():
+        try:
+            found = array_namespace(array)
+        except TypeError:
+            found = None
+        if found is None or (first and found is not xp):
+            wanted = f"an array of the library of {first} ({_type(given[first])})" if first else "an array"
+            remedy = "pass one" if array is None else "convert it first"
+            raise NoSuchArray(f"{name}: expected {wanted}, got {_type(array)}; {remedy}")
+        xp, first = found, first or name
+    return xp
+
+
+def _type(value):
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_shape(xp, name, array, letters, sizes, *, kind=REAL):
@@ -55,18 +87,24 @@ def check_ties(ties):
 
 def check_count(name, value):
     """Refuse what is not a whole number of at least one."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+    one = isinstance(value, int) or (hasattr(value, "__index__") and tuple(getattr(value, "shape", ())) == ())
+    if isinstance(value, bool) or not one or value < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}; pass a Python int")
 
 
 def check_scalar(name, value):
-    """Refuse an array where one number is wanted. A traced scalar passes, so a schedule can be compiled in."""
+    """Refuse what is not one number. A traced scalar passes, so a schedule can be compiled in."""
+    if isinstance(value, int | float):  # asked first: a compiler's symbolic float is one, and has no attributes
+        return
     if tuple(getattr(value, "shape", ())) != ():
-        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; scale the loss outside instead")
+        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; pass one for all prompts")
+    if not hasattr(value, "__float__"):
+        raise ValueError(f"{name}: expected one number, got {_type(value)}; pass a Python float")
 
 
 def check_positive(name, value, *, zero_too=False):
-    """Refuse a number that is not above zero (NaN is not)."""
+    """Refuse what is not a number above zero (NaN is not)."""
+    check_scalar(name, value)
     if not (value > 0 or (zero_too and value == 0)):
         wanted = ">= 0" if zero_too else "> 0"
         raise ValueError(f"{name}: expected a number {wanted}, got {value!r}; pass one, such as the default")
@@ -77,6 +115,7 @@ def as_fraction(name, value):
 
     Binary rounding must not move a threshold: 0.29 * 100 is 28.999..., so rank 29 would fall on its wrong side.
     """
+    check_scalar(name, value)
     fraction = _nearest_fraction(float(value)) if 0 < value < 1 else None
     if fraction is None:
         raise ValueError(

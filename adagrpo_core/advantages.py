@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Group-relative advantages (eq. 3), and the whole objective as advantages alone."""
 
-from ._checks import check_positive, check_scalar, check_shape
-from ._compat import array_namespace, stop_gradient, widen
+from ._checks import check_positive, check_scalar, check_shape, namespace
+from ._compat import stop_gradient, widen
 
 
 def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
@@ -13,7 +13,8 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     Parameters
     ----------
     rewards : array, shape (B, K), real floating
-        Row b holds the K rewards of prompt b, in any order and unit.
+        Row b holds the K rewards of prompt b, in any order and unit: but for ``eps``, 1e-30 or 1e30 times the same
+        rewards have the same advantages, even where float32 cannot hold their squares.
     eps : float
         Added to the spread, in the unit of the rewards. The paper's formula has none (0 is allowed); 1e-4 is our
         choice and keeps a nearly constant group from being blown up to unit spread.
@@ -30,6 +31,8 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     ------
     ValueError
         For a wrong shape or dtype, eps < 0, correction < 0 or K <= correction.
+    TypeError
+        For what is no array; it is a ValueError as well.
 
     Notes
     -----
@@ -46,7 +49,7 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     >>> group_advantages(np.asarray([[1.0, 2.0, 3.0], [0.7, 0.7, 0.7]]), eps=0.0).tolist()
     [[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """
-    xp = array_namespace(rewards)
+    xp = namespace({"rewards": rewards})
     sizes = {}
     check_shape(xp, "rewards", rewards, "B K", sizes)
     check_positive("eps", eps, zero_too=True)
@@ -57,13 +60,23 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
             "sample more rollouts per prompt, or pass correction=0"
         )
     wide = stop_gradient(widen(xp, rewards))
-    # Measured from the first reward of the group, equal rewards differ by exactly 0. Measured from the mean they need
+    low, high = xp.min(wide, axis=1, keepdims=True), xp.max(wide, axis=1, keepdims=True)
+    # Large rewards are divided by 1024, which is exact: 3e38 less -3e38 overflows float32, and XLA, which divides by
+    # multiplying, takes 1 / 3e38 for 0. Small rewards are not, because the least numbers would lose bits.
+    part = xp.where((high > 1) | (low < -1), 2.0**-10, xp.ones_like(high))
+    low = low * part
+    unit = high * part - low
+    # Groups without spread: their numerators are 0, so that any unit and scale will do.
+    flat = unit == 0
+    unit = xp.where(flat, 1.0, unit)
+    # Measured from the least reward of the group, equal rewards differ by exactly 0. Measured from the mean they need
     # not: seven float32 rewards of 0.7 then have a spread of 6e-8, and a tiny eps makes that advantages of 0.8.
-    wide = wide - wide[:, :1]
+    # And measured in units of the group's range, because a spread squares: 1e-30 would vanish and 1e30 overflow.
+    wide = (wide * part - low) / unit
     centred = wide - xp.mean(wide, axis=1, keepdims=True)
-    scale = xp.std(wide, axis=1, correction=correction, keepdims=True) + eps
-    # Only a group without spread has scale 0, and only for eps=0; its centred rewards are 0 as well.
-    return xp.astype(centred / xp.where(scale == 0, 1.0, scale), rewards.dtype, copy=False)
+    spread = xp.sqrt(xp.sum(centred * centred, axis=1, keepdims=True) / (sizes["K"] - correction))
+    scale = xp.where(flat, 1.0, spread + eps * part / unit)
+    return xp.astype(centred / scale, rewards.dtype, copy=False)
 
 
 def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
@@ -92,6 +105,8 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     ------
     ValueError
         For a wrong shape or dtype, or a ``lam`` that is not one number.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -113,7 +128,7 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     >>> target_row_advantages(advantages, np.asarray([True, False]), lam=0.5).tolist()
     [[0.75, -0.75, 3.0], [0.0, 0.0, 3.0]]
     """
-    xp = array_namespace(advantages, clip)
+    xp = namespace({"advantages": advantages, "clip": clip})
     sizes = {}
     check_shape(xp, "advantages", advantages, "B K", sizes)
     check_shape(xp, "clip", clip, "B", sizes, kind="bool")

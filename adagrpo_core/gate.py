@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The sample-level clip (eq. 7, 9, 10): which instances may add a policy gradient to their supervised loss."""
 
-from ._checks import as_fraction, check_shape, check_tau
-from ._compat import array_namespace
+from ._checks import as_fraction, check_shape, check_tau, namespace
 from .ranks import doubled_ranks, policy_pool, reward_pool
 
 
@@ -31,6 +30,8 @@ def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = 
     ------
     ValueError
         For a wrong shape or dtype, tau outside (0, 1), tau * K < 1 (nothing could be in the top), or unknown ``ties``.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -48,8 +49,9 @@ def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = 
     >>> difficulty(np.asarray([-0.5, -1.5, float("nan")]), rollouts).tolist()
     [False, True, False]
     """
-    xp, K = array_namespace(target_logp, rollout_logp), rollout_logp.shape[-1]
+    xp = namespace({"target_logp": target_logp, "rollout_logp": rollout_logp})
     entries, pool = policy_pool(xp, target_logp, rollout_logp)
+    K = rollout_logp.shape[-1]
     hard = doubled_ranks(xp, entries, pool, ties)[:, 0] > _doubled_threshold(check_tau(tau, K), K)
     return hard & _comparable(xp, pool)
 
@@ -86,6 +88,8 @@ def reliability(
     ------
     ValueError
         For a wrong shape or dtype, tau or rho outside (0, 1), tau * K < 1, M < 1, or an unknown ``ties``.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -103,8 +107,10 @@ def reliability(
     >>> reliability(np.asarray([0.9, 0.9]), rollouts, np.asarray([[0.1], [0.8]])).tolist()
     [True, False]
     """
-    xp, K = array_namespace(target_reward, rollout_rewards, negative_rewards), rollout_rewards.shape[-1]
+    arrays = {"target_reward": target_reward, "rollout_rewards": rollout_rewards, "negative_rewards": negative_rewards}
+    xp = namespace(arrays)
     entries, pool = reward_pool(xp, target_reward, rollout_rewards, negative_rewards)
+    K = rollout_rewards.shape[-1]
     doubled = doubled_ranks(xp, entries, pool, ties)
     prominent = doubled[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
     suppressed = xp.all(doubled[:, 1:] > _doubled_threshold(1 - as_fraction("rho", rho), K), axis=1)
@@ -132,6 +138,8 @@ def sample_clip(difficult, reliable, /):
     ------
     ValueError
         For a wrong shape or a dtype other than boolean.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -148,7 +156,7 @@ def sample_clip(difficult, reliable, /):
     >>> sample_clip(np.asarray([True, True, False]), np.asarray([True, False, True])).tolist()
     [True, False, False]
     """
-    xp = array_namespace(difficult, reliable)
+    xp = namespace({"difficult": difficult, "reliable": reliable})
     sizes = {}
     check_shape(xp, "difficult", difficult, "B", sizes, kind="bool")
     check_shape(xp, "reliable", reliable, "B", sizes, kind="bool")

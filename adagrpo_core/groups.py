@@ -3,8 +3,8 @@
 
 from typing import Any, NamedTuple
 
-from ._checks import NUMBER, check_count, check_shape
-from ._compat import array_namespace, device
+from ._checks import NUMBER, check_count, check_shape, namespace
+from ._compat import device
 
 
 class GroupOrder(NamedTuple):
@@ -42,6 +42,8 @@ def group(flat, /, k: int):
     ------
     ValueError
         For an array without axes, k < 1, or a first axis that k does not divide.
+    TypeError
+        For what is no array; it is a ValueError as well.
 
     Notes
     -----
@@ -58,7 +60,7 @@ def group(flat, /, k: int):
     >>> group(np.asarray([1, 2, 3, 4]), 2).tolist()
     [[1, 2], [3, 4]]
     """
-    xp = array_namespace(flat)
+    xp = namespace({"flat": flat})
     check_count("k", k)
     shape = tuple(flat.shape)
     if not shape or shape[0] % k:
@@ -85,6 +87,8 @@ def ungroup(grouped, /):
     ------
     ValueError
         For an array with fewer than two axes.
+    TypeError
+        For what is no array; it is a ValueError as well.
 
     Notes
     -----
@@ -101,7 +105,7 @@ def ungroup(grouped, /):
     >>> ungroup(np.asarray([[1, 2], [3, 4]])).tolist()
     [1, 2, 3, 4]
     """
-    xp = array_namespace(grouped)
+    xp = namespace({"grouped": grouped})
     shape = tuple(grouped.shape)
     if len(shape) < 2:
         raise ValueError(f"grouped: expected shape (B, K, ...), got {shape}; use group(flat, k) to get there")
@@ -131,6 +135,8 @@ def group_by(index, /) -> GroupOrder:
     ------
     ValueError
         For a wrong shape, or groups of unequal size: the message names a larger and a smaller one.
+    TypeError
+        For what is no array; it is a ValueError as well.
 
     Notes
     -----
@@ -152,7 +158,7 @@ def group_by(index, /) -> GroupOrder:
     >>> uid[order].tolist(), order.tolist(), uid[order][inverse].tolist()
     ([7, 7, 3, 3], [0, 2, 1, 3], [7, 3, 7, 3])
     """
-    xp = array_namespace(index)
+    xp = namespace({"index": index})
     check_shape(xp, "index", index, "N", {}, kind=None)
     ids, sizes = xp.unique_counts(index)
     most, least = int(xp.argmax(sizes)), int(xp.argmin(sizes))
@@ -192,6 +198,8 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     ------
     ValueError
         For a wrong shape or dtype, k < 1, m < 1, or m > (B-1)*k.
+    TypeError
+        For what is no array; it is a ValueError as well.
 
     Notes
     -----
@@ -211,7 +219,7 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     >>> in_batch_negatives(keys, k=2, m=1).tolist()
     [[3], [1]]
     """
-    xp = array_namespace(keys)
+    xp = namespace({"keys": keys})
     sizes = {}
     check_count("k", k)
     check_count("m", m)

@@ -3,8 +3,7 @@
 
 from typing import Any, NamedTuple
 
-from ._checks import NUMBER, check_shape
-from ._compat import array_namespace
+from ._checks import NUMBER, check_shape, namespace
 
 
 class Stratum(NamedTuple):
@@ -72,6 +71,8 @@ def reward_influence(llm_rank, rm_rank, /, *, hard=None, discriminable=None) -> 
     ------
     ValueError
         For a wrong shape or dtype, or ``discriminable`` without ``hard``.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -92,26 +93,25 @@ def reward_influence(llm_rank, rm_rank, /, *, hard=None, discriminable=None) -> 
     >>> float(tables.overall.influence), float(tables.hard.influence), float(tables.hard.coverage)
     (2.5, 6.0, 0.5)
     """
-    xp = array_namespace(llm_rank, rm_rank, hard, discriminable)
+    xp = namespace({"llm_rank": llm_rank, "rm_rank": rm_rank}, {"hard": hard, "discriminable": discriminable})
     sizes = {}
     check_shape(xp, "llm_rank", llm_rank, "B", sizes, kind=NUMBER)
     check_shape(xp, "rm_rank", rm_rank, "B", sizes, kind=NUMBER)
     ranks = xp.astype(llm_rank, xp.float32), xp.astype(rm_rank, xp.float32)
-    overall = _stratum(*ranks, xp.ones_like(llm_rank, dtype=xp.bool))
+    overall = _stratum(xp, *ranks, xp.ones_like(llm_rank, dtype=xp.bool))
     if hard is None:
         if discriminable is not None:
             raise ValueError("hard: expected shape (B,) beside discriminable, got None; pass difficulty(...)")
         return RewardInfluence(overall, None, None)
     check_shape(xp, "hard", hard, "B", sizes, kind="bool")
     if discriminable is None:
-        return RewardInfluence(overall, _stratum(*ranks, hard), None)
+        return RewardInfluence(overall, _stratum(xp, *ranks, hard), None)
     check_shape(xp, "discriminable", discriminable, "B", sizes, kind="bool")
-    return RewardInfluence(overall, _stratum(*ranks, hard), _stratum(*ranks, hard & discriminable))
+    return RewardInfluence(overall, _stratum(xp, *ranks, hard), _stratum(xp, *ranks, hard & discriminable))
 
 
-def _stratum(llm_rank, rm_rank, member):
+def _stratum(xp, llm_rank, rm_rank, member):
     """Averages over the members, by sums under a mask: an index by a boolean could not be traced."""
-    xp = array_namespace(llm_rank, rm_rank, member)
     number = xp.sum(xp.astype(member, xp.float32))
 
     def mean(values):

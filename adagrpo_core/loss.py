@@ -3,8 +3,8 @@
 
 from typing import Any, NamedTuple
 
-from ._checks import REAL, check_dtype, check_positive, check_same_shape, check_scalar, check_shape
-from ._compat import array_namespace, stop_gradient, widen
+from ._checks import REAL, check_dtype, check_positive, check_same_shape, check_scalar, check_shape, namespace
+from ._compat import stop_gradient, widen
 from .advantages import group_advantages
 from .gate import difficulty, reliability, sample_clip
 from .ranks import policy_rank, reward_ranks
@@ -67,6 +67,8 @@ def length_normalized(token_logp, /, mask=None):
     ------
     ValueError
         For an array without a token axis, a wrong dtype, or a mask of another shape.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -84,7 +86,7 @@ def length_normalized(token_logp, /, mask=None):
     >>> length_normalized(logp).tolist(), length_normalized(logp, np.asarray([[True, True, False]])).tolist()
     ([-3.0], [-1.5])
     """
-    xp = array_namespace(token_logp, mask)
+    xp = namespace({"token_logp": token_logp}, {"mask": mask})
     if len(token_logp.shape) < 1 or token_logp.shape[-1] < 1:
         raise ValueError(
             f"token_logp: expected shape (..., L) with L >= 1, got {tuple(token_logp.shape)}; "
@@ -116,6 +118,8 @@ def nll_loss(target_token_logp, /, mask=None):
     ------
     ValueError
         For a wrong shape or dtype.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -132,7 +136,7 @@ def nll_loss(target_token_logp, /, mask=None):
     >>> nll_loss(np.asarray([[-1.0, -2.0, -6.0]])).tolist()
     [3.0]
     """
-    xp = array_namespace(target_token_logp, mask)
+    xp = namespace({"target_token_logp": target_token_logp}, {"mask": mask})
     check_shape(xp, "target_token_logp", target_token_logp, "B L", {})
     _check_mask(xp, "mask", mask, "target_token_logp", target_token_logp)
     return -length_normalized(target_token_logp, mask)
@@ -161,7 +165,8 @@ def grpo_loss(
     token_logp : array, shape (B, K, L), real floating
         Log-probability of the rollouts' tokens under the policy that learns, in nats.
     old_token_logp : array, shape (B, K, L), real floating
-        The same under the policy that sampled. On-policy, pass ``token_logp`` once more: the ratio is then 1.
+        The same under the policy that sampled. On-policy, pass ``token_logp`` once more: the ratio is then 1. A token
+        of -inf under both has ratio 0.
     advantages : array, shape (B, K), real floating
         From :func:`group_advantages`.
     mask : array, shape (B, K, L), boolean, optional
@@ -176,8 +181,9 @@ def grpo_loss(
     ref_token_logp : array, shape (B, K, L), real floating, optional
         Log-probability under a reference policy, for ``beta``.
     beta : float
-        Weight of the KL penalty to the reference, by the estimator exp(d) - d - 1 with d = ref - token_logp. None by
-        default, as in the paper's objective.
+        Weight of the KL penalty to the reference, by the estimator exp(d) - d - 1 with d = ref - token_logp. Beyond
+        d = 20 it goes on as its tangent, and log-probabilities below -1e25 are read as that, so that it is finite. None
+        by default, as in the paper's objective.
 
     Returns
     -------
@@ -187,12 +193,18 @@ def grpo_loss(
     ------
     ValueError
         For a wrong shape or dtype, epsilon <= 0, epsilon_high <= 0, beta < 0, or beta without a reference.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
     Gradient: flows to ``token_logp`` alone; the old and reference log-probabilities and the advantages are constants.
-    NaN: masked tokens and prompts that are not admitted are not read, in value and gradient. Elsewhere a NaN, or a
-    ratio that overflows, reaches the loss of its own prompt and of no other.
+    NaN: masked tokens and prompts that are not admitted are not read, in value and gradient. Elsewhere a NaN reaches
+    the loss of its own prompt and of no other.
+
+    Where the clip decides, the gradient is exactly 0, however far the policies are apart, -inf included; an advantage
+    of 0 adds exactly 0 to both. Where the ratio decides it may overflow: a token that was bad and has become e^89 times
+    as likely makes the loss of its own prompt infinite, in float32.
 
     References
     ----------
@@ -206,7 +218,8 @@ def grpo_loss(
     >>> grpo_loss(logp, old, np.asarray([[1.0, -1.0]])).round(3).tolist()  # -(1.2 - 1) / 2
     [-0.1]
     """
-    xp = array_namespace(token_logp, old_token_logp, advantages, mask, clip, ref_token_logp)
+    arrays = {"token_logp": token_logp, "old_token_logp": old_token_logp, "advantages": advantages}
+    xp = namespace(arrays, {"mask": mask, "clip": clip, "ref_token_logp": ref_token_logp})
     sizes = {}
     check_shape(xp, "token_logp", token_logp, "B K L", sizes)
     check_shape(xp, "old_token_logp", old_token_logp, "B K L", sizes)
@@ -227,13 +240,10 @@ def grpo_loss(
 
     # Masked on this side of the exponential: masked behind it, an overflow would send NaN back through the gradient.
     logp = where_live(logp)
-    ratio = xp.exp(logp - where_live(stop_gradient(widen(xp, old_token_logp))))
-    # min(w A, clip(w) A) is w A, until w has passed the limit on the side that A rewards: from there on it is limit A.
-    limit = xp.where(A < 0, 1 - epsilon, xp.full_like(A, 1 + epsilon_high, dtype=ratio.dtype))
-    gain = xp.where((ratio - limit) * A > 0, limit, ratio) * A
+    gap = _clipped_gap(xp, logp, where_live(stop_gradient(widen(xp, old_token_logp))), A, epsilon, epsilon_high)
+    gain = xp.exp(gap) * A
     if beta > 0:
-        gap = where_live(stop_gradient(widen(xp, ref_token_logp))) - logp
-        gain = gain - (xp.exp(gap) - gap - 1) * beta
+        gain = gain - _penalty(xp, logp, where_live(stop_gradient(widen(xp, ref_token_logp)))) * beta
     # Without a mask all rollouts are as long, and the mean over tokens and the one over rollouts are one.
     mean = xp.mean(gain, axis=(1, 2)) if mask is None else xp.mean(_token_mean(xp, gain, mask, 0.0), axis=1)
     return xp.astype(-mean, token_logp.dtype, copy=False)
@@ -309,6 +319,8 @@ def adagrpo_loss(
     ------
     ValueError
         Where any of the functions it is made of would.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -332,7 +344,10 @@ def adagrpo_loss(
     >>> out.clip.tolist(), out.policy_rank.tolist(), out.reward_rank.tolist(), out.negative_ranks.tolist()
     ([True], [4], [1], [[5]])
     """
-    xp = array_namespace(target_token_logp, token_logp, old_token_logp, rewards, target_reward, negative_rewards)
+    arrays = {"target_token_logp": target_token_logp, "token_logp": token_logp, "old_token_logp": old_token_logp}
+    arrays |= {"rewards": rewards, "target_reward": target_reward, "negative_rewards": negative_rewards}
+    optional = {"target_mask": target_mask, "mask": mask, "target_old_logp": target_old_logp}
+    xp = namespace(arrays, optional | {"ref_token_logp": ref_token_logp})
     sizes = {}
     check_shape(xp, "target_token_logp", target_token_logp, "B L*", sizes)
     _check_mask(xp, "target_mask", target_mask, "target_token_logp", target_token_logp)
@@ -366,6 +381,38 @@ def adagrpo_loss(
         policy_rank(*pools[0], ties=ties),
         *reward_ranks(*pools[1], ties=ties),
     )
+
+
+def _clipped_gap(xp, logp, old, A, epsilon, epsilon_high):
+    """The logarithm of the ratio w; where the clip decides, that of its limit, a constant.
+
+    min(w A, clip(w) A) is w A, until w has passed the limit on the side that A rewards: from there on it is limit A.
+    Bounded behind the exponential, a ratio that overflows would still send 0 * inf back through the gradient.
+    """
+    # -inf less -inf is NaN. Less the least number it is -inf: what neither policy can emit has ratio 0.
+    gap = logp - xp.maximum(old, xp.full_like(old, xp.finfo(old.dtype).min))
+    # An advantage of 0 counts as a good one, so that its ratio is bounded too. That takes a limit that is finite and
+    # above 0: epsilon >= 1 and epsilon_high = inf, which clip nothing, become the ends of what the dtype holds.
+    number, bad = xp.finfo(gap.dtype), A < 0
+    limit = xp.full_like(A, min(1 + epsilon_high, float(number.max) / 2), dtype=gap.dtype)
+    limit = xp.log(xp.where(bad, max(1 - epsilon, number.smallest_normal), limit))
+    side = xp.where(bad, -1.0, xp.full_like(limit, 1.0))
+    return xp.where(gap * side > limit * side, limit, gap)
+
+
+TANGENT = 20.0  # in nats: the estimator's slope is 5e8 there, and a steeper one would only overflow sooner
+FLOOR = -1e25  # in nats: 5e8 times as much still fits float32 some ten thousand times
+
+
+def _penalty(xp, logp, ref):
+    """The KL estimator exp(d) - d - 1 with d = ref - logp, which beyond d = 20 goes on as its tangent.
+
+    So it stays finite and still pulls back what has run away; a bound on d would let go of it.
+    """
+    ref = xp.maximum(ref, xp.full_like(ref, FLOOR))
+    d = ref - xp.where(logp < FLOOR, FLOOR, logp)
+    near = xp.where(d > TANGENT, TANGENT, d)
+    return xp.exp(near) * (d - near + 1) - d - 1
 
 
 def _token_mean(xp, values, mask, empty):

@@ -3,8 +3,7 @@
 
 from typing import Any, NamedTuple
 
-from ._checks import check_shape, check_ties
-from ._compat import array_namespace
+from ._checks import check_shape, check_ties, namespace
 
 
 class RewardRanks(NamedTuple):
@@ -46,6 +45,8 @@ def policy_rank(target_logp, rollout_logp, /, *, ties: str = "min"):
     ------
     ValueError
         For a wrong shape or dtype, or an unknown ``ties``.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -64,7 +65,7 @@ def policy_rank(target_logp, rollout_logp, /, *, ties: str = "min"):
     >>> policy_rank(np.asarray([-2.0]), np.asarray([[-1.0, -2.0, -3.0]]), ties="max").tolist()
     [3]
     """
-    xp = array_namespace(target_logp, rollout_logp)
+    xp = namespace({"target_logp": target_logp, "rollout_logp": rollout_logp})
     return _ranks(xp, *policy_pool(xp, target_logp, rollout_logp), ties)[:, 0]
 
 
@@ -94,6 +95,8 @@ def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: s
     ------
     ValueError
         For a wrong shape or dtype, M < 1, or an unknown ``ties``.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
 
     Notes
     -----
@@ -111,7 +114,8 @@ def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: s
     >>> ranks.target.tolist(), ranks.negatives.tolist()
     ([1], [[5, 3]])
     """
-    xp = array_namespace(target_reward, rollout_rewards, negative_rewards)
+    arrays = {"target_reward": target_reward, "rollout_rewards": rollout_rewards, "negative_rewards": negative_rewards}
+    xp = namespace(arrays)
     ranks = _ranks(xp, *reward_pool(xp, target_reward, rollout_rewards, negative_rewards), ties)
     return RewardRanks(ranks[:, 0], ranks[:, 1:])
 

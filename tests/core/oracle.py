@@ -64,6 +64,27 @@ def nll(token_logp, mask=None):
     return -length_normalized(token_logp, mask)
 
 
+def ratio(new, old, largest=math.inf):
+    """w, infinite beyond the largest number that the dtype holds. A token of -inf has ratio 0, whatever it had."""
+    if new == -math.inf:
+        return 0.0
+    try:
+        w = math.exp(new - old)
+    except OverflowError:
+        w = math.inf
+    return w if w <= largest else math.inf
+
+
+def surrogate(w, advantage, low=0.2, high=0.2):
+    """Eq. 4's min(w A, clip(w) A), and its derivative by log w."""
+    if advantage == 0:
+        return 0.0, 0.0
+    clipped = min(max(w, 1 - low), 1 + high)
+    if clipped * advantage < w * advantage:
+        return clipped * advantage, 0.0
+    return w * advantage, w * advantage
+
+
 def grpo(token_logp, old_token_logp, advantages, mask=None, low=0.2, high=0.2, ref=None, beta=0.0):
     """Eq. 4 of one prompt: lists over rollouts of lists over tokens."""
     total = 0.0
@@ -71,9 +92,7 @@ def grpo(token_logp, old_token_logp, advantages, mask=None, low=0.2, high=0.2, r
         terms = []
         for i, (new, old) in enumerate(zip(token_logp[k], old_token_logp[k], strict=True)):
             if mask is None or mask[k][i]:
-                ratio = math.exp(new - old)
-                clipped = min(max(ratio, 1 - low), 1 + high)
-                term = -min(ratio * advantage, clipped * advantage)
+                term = -surrogate(ratio(new, old), advantage, low, high)[0]
                 if beta:
                     gap = ref[k][i] - new
                     term += beta * (math.exp(gap) - gap - 1)

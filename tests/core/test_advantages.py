@@ -14,7 +14,7 @@ from adagrpo_core import group_advantages, grpo_loss, length_normalized, nll_los
 
 from . import oracle
 from . import strategies as draw
-from .backends import TORCH, every_backend
+from .backends import NUMPY, STRICT, TORCH, every_backend
 
 INF, NAN = float("inf"), float("nan")
 EPS = st.sampled_from([Fraction(0), Fraction(1, 10**4), Fraction(1, 2)])
@@ -83,6 +83,83 @@ def test_advantages_have_mean_zero_and_ignore_the_level_of_the_rewards(xp, pool)
     found = xp.run(group_advantages, rewards)
     np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-12)
     np.testing.assert_allclose(xp.run(group_advantages, rewards + 5), found, rtol=1e-6, atol=1e-9)
+
+
+# -- the unit of the rewards ------------------------------------------------------------------------------------------
+
+every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+
+
+@every_backend
+@every_dtype
+@given(pool=draw.pools(), power=st.sampled_from([-100, -40, -1, 1, 40, 100]), correction=st.sampled_from([0, 1]))
+def test_a_unit_that_is_a_power_of_two_changes_no_bit_of_the_advantages(xp, dtype, power, pool, correction):
+    rewards = pool[2].astype(dtype)
+    found, other = (
+        xp.run(group_advantages, unit * rewards, eps=float(unit) * 2.0**-10, correction=correction)
+        for unit in (dtype(1), dtype(2) ** power)
+    )
+    np.testing.assert_array_equal(found, other)
+
+
+@every_backend
+@every_dtype
+@given(
+    pool=draw.pools(), unit=st.sampled_from([1e-30, 1e-19, 1e-6, 1e6, 1e19, 1e30]), correction=st.sampled_from([0, 1])
+)
+def test_rewards_in_any_unit_have_the_advantages_of_equation_3(xp, dtype, unit, pool, correction):
+    size, _, rewards, _ = pool
+    rewards = (dtype(unit) * rewards).astype(dtype)
+    found = xp.run(group_advantages, rewards, eps=0.0, correction=correction)
+    expected = [oracle.advantages(rewards[b].tolist(), 0, correction) for b in range(size.B)]
+    # A group of a million times 0.1 is told apart by rounding alone: float32 has the spread to four digits there.
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype == np.float32 else 1e-9, atol=1e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("eps", [0.0, 1e-4, 1e3])
+@pytest.mark.parametrize("dtype, largest", [(np.float32, 3e38), (np.float64, 1.7e308)])
+def test_the_largest_rewards_do_not_overflow(xp, dtype, largest, eps):
+    rewards = np.asarray([[-largest, largest, 0, 0], [largest] * 4, [-largest] * 4, [0, 0, 0, largest]], dtype=dtype)
+    found = xp.run(group_advantages, rewards, eps=eps)
+    ends = 1.5**0.5
+    expected = [[-ends, ends, 0, 0], [0] * 4, [0] * 4, [-0.5, -0.5, -0.5, 1.5]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    assert (found[1:3] == 0).all()
+
+
+@pytest.mark.parametrize("xp", [NUMPY, TORCH, STRICT], ids=lambda xp: xp.name)
+@pytest.mark.parametrize("dtype, least", [(np.float32, 2.0**-149), (np.float64, 2.0**-1074)])
+def test_rewards_below_the_least_normal_number_still_differ(xp, dtype, least):
+    """JAX on a CPU takes them for 0."""
+    rewards = np.asarray([[1, 2, 4, 9], [3, 3, 3, 3], [1000, 1001, 1001, 1000]], dtype=dtype) * dtype(least)
+    found = xp.run(group_advantages, rewards, eps=0.0)
+    expected = [oracle.advantages(row.tolist()) for row in np.asarray([[1.0, 2, 4, 9], [3.0] * 4, [0.0, 1, 1, 0]])]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (found[1] == 0).all()
+    with np.errstate(over="ignore"):  # eps in units of such rewards is more than the largest number
+        assert np.abs(xp.run(group_advantages, rewards)).max() < 1e-30
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-4, 1.0, 1e4])
+def test_equal_rewards_of_any_size_have_advantage_exactly_zero(xp, dtype, eps):
+    sizes = [0.0, 1e-45, 1e-38, 1e-30, 0.7, 1.0, 1e19, 1e30, 3e38]
+    rewards = np.asarray([[sign * size] * 7 for size in sizes for sign in (1, -1)], dtype=dtype)
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        found = xp.run(group_advantages, rewards, eps=eps)
+    assert (found == 0).all()
+
+
+@every_backend
+@nan_is_meant
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_nan_or_infinity_beside_very_large_or_small_rewards_stays_in_its_row(xp, bad):
+    rewards = np.asarray([[1e30, 2e30, 3e30], [1e30, bad, 3e30], [1e-30, bad, 3e-30], [1e-30, 2e-30, 3e-30]])
+    found = xp.run(group_advantages, rewards.astype(np.float32), eps=0.0)
+    assert np.isnan(found).tolist() == [[False] * 3, [True] * 3, [True] * 3, [False] * 3]
+    np.testing.assert_allclose(found[[0, 3]], [[-1, 0, 1]] * 2, atol=1e-6)
 
 
 def test_bfloat16_rewards_are_computed_in_float32_and_rounded_once():

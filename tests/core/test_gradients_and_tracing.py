@@ -249,6 +249,20 @@ def test_lam_may_be_a_traced_number_so_a_schedule_compiles_once():
     assert_alike(rows(0.5), TRACED["target_row_advantages"](arrays()))
 
 
+def test_torch_compiles_settings_that_change_from_step_to_step():
+    torch.compiler.reset()
+    a = in_torch(arrays())
+    names = "target", "new", "old", "rewards", "target_reward", "negatives"
+
+    def loss(lam, epsilon, eps, beta):
+        settings = {"lam": lam, "epsilon": epsilon, "eps": eps, "beta": beta}
+        return adagrpo_loss(*(a[name] for name in names), ref_token_logp=a["ref"], **settings).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for settings in ((0.5, 0.2, 1e-4, 0.1), (0.6, 0.3, 1e-3, 0.2), (0.7, 0.4, 1e-2, 0.3)):
+        assert_alike(compiled(*settings), loss(*settings))
+
+
 @every_function
 def test_jax_without_64_bits_agrees(name):
     expected = TRACED[name](arrays())

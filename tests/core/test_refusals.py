@@ -201,6 +201,14 @@ WRONG_SETTINGS = [
     *[(function, "lam", np.ones(2)) for function in ("adagrpo_loss", "target_row_advantages")],
     *[(function, "k", wrong) for function in ("group", "in_batch_negatives") for wrong in (0, -1, 2.0, True)],
     *[("in_batch_negatives", "m", wrong) for wrong in (0, -1, 1.0)],
+    *[  # what is no number, or more than one
+        (function, name, wrong)
+        for function in ARGUMENTS
+        for name in inspect.signature(getattr(core, function)).parameters
+        for wrong in (None, "a", [0.3], 1j, np.asarray([0.3, 0.3]))
+        if name in ("tau", "rho", "eps", "correction", "epsilon", "epsilon_high", "beta", "lam", "k", "m")
+        if not (name == "epsilon_high" and wrong is None)
+    ],
 ]
 
 
@@ -287,9 +295,54 @@ def test_refusals_work_while_tracing():
         jax.jit(core.policy_rank)(jnp.zeros(4), jnp.zeros((5, 4)))
 
 
-def test_arrays_of_two_libraries_are_not_mixed():
-    with pytest.raises(TypeError):
-        core.policy_rank(np.zeros(4), torch.zeros(4, 5))
+# -- what is no array, and what is of another library ------------------------------------------------------------------
+
+LIBRARIES = {"numpy": np.asarray, "torch": torch.tensor, "jax": jnp.asarray, "strict": array_api_strict.asarray}
+every_library = pytest.mark.parametrize("library", LIBRARIES)
+
+
+def refused_type(function, given, settings):
+    with pytest.raises(TypeError) as caught:
+        call(function, given, settings, into=lambda array: array)
+    assert isinstance(caught.value, ValueError)  # as every other refusal is
+    assert re.fullmatch(r"\w+: expected an array.*, got .+; (convert it first|pass one)", str(caught.value))
+    return str(caught.value)
+
+
+@every_library
+@every_array
+def test_what_is_no_array_is_refused_by_name(function, name, library):
+    given, settings = ARGUMENTS[function]
+    arrays = {other: LIBRARIES[library](array) for other, array in given.items()}
+    for wrong in (given[name].tolist(), tuple(given[name].tolist()), 0.5, 1, True, "abc", {}, range(3), object()):
+        message = refused_type(function, {**arrays, name: wrong}, settings)
+        assert message.startswith(f"{name}: ") and type(wrong).__name__ in message
+
+
+@every_array
+def test_none_is_refused_by_name_where_an_array_is_required(function, name):
+    given, settings = ARGUMENTS[function]
+    if inspect.signature(getattr(core, function)).parameters[name].default is None:
+        return
+    assert refused_type(function, {**given, name: None}, settings).startswith(f"{name}: expected an array")
+
+
+@pytest.mark.parametrize("odd", LIBRARIES)
+@every_library
+@every_array
+def test_arrays_of_two_libraries_are_refused_by_name(function, name, library, odd):
+    given, settings = ARGUMENTS[function]
+    if len(given) == 1 or odd == library:
+        return
+    arrays = {other: LIBRARIES[library](array) for other, array in given.items()}
+    message = refused_type(function, {**arrays, name: LIBRARIES[odd](given[name])}, settings)
+    first, second, *_ = given
+    assert message.startswith(f"{second if name == first else name}: ") and f" of {first} (" in message
+
+
+def test_a_list_is_refused_while_tracing():
+    with pytest.raises(TypeError, match=r"^rollout_logp: expected an array of the library of target_logp "):
+        jax.jit(lambda target: core.policy_rank(target, [[1.0]]))(jnp.zeros(1))
 
 
 def test_sizes_used_here_are_distinct_enough_to_notice_a_mix_up():
