@@ -4,7 +4,6 @@
     python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
     python docs/evidence/compare.py s0 s1 s2
     python docs/evidence/compare.py s0 --figure curve.png    # and the first run along its steps
-    python docs/evidence/compare.py rl --figure curve.png --supervised sft  # begun with the policy of another run
 
 The yardsticks are popularity, and the ranker alone over the whole catalogue. They serve the same test prompts, and
 neither can hallucinate; neither needs a policy. What a run was given is read from its config.json.
@@ -97,45 +96,31 @@ def table(rows):
 
 
 def curves(lines, n):
-    """{panel: {label: (steps, values, standard errors or None)}}, shares in %; n: validation prompts of a point."""
-    def along(key, phase, method):
-        mine = [line for line in lines if line["phase"] == phase and line["method"] == method]
-        share = np.array([line[key] for line in mine])
-        # A share of n prompts is binomial; of hallucinations that is not so, since the beams of a prompt are alike.
-        error = 100 * (share * (1 - share) / n) ** 0.5 if key.startswith("hr@") else None
-        return [line["step"] for line in mine], 100 * share, error
-
+    """Training NLL along the supervised steps (steps, values), and {method: (steps, HR@10 in %, standard errors)} of
+    n validation prompts."""
     losses = [line for line in lines if line["phase"] == "sft"]
     width = max(1, len(losses) // 40)  # one batch says little
     smooth = [np.mean([line["nll"] for line in losses[i : i + width]]) for i in range(0, len(losses), width)]
-    points = {name: along(name.lower(), "sft_valid", "base") for name in ("HR@10", "hallucination")}
-    methods = dict.fromkeys(line["method"] for line in lines if line["phase"] == "valid")
-    return {"supervised": {key: one for key, one in points.items() if len(one[0])},
-            "nll": {"training NLL": ([line["step"] for line in losses[::width]], np.array(smooth), None)},
-            "rl": {name: along("hr@10", "valid", name) for name in methods}}
+    methods = {}
+    for name in dict.fromkeys(line["method"] for line in lines if line["phase"] == "valid"):
+        points = [line for line in lines if line["phase"] == "valid" and line["method"] == name]
+        share = np.array([point["hr@10"] for point in points])
+        methods[name] = [point["step"] for point in points], 100 * share, 100 * (share * (1 - share) / n) ** 0.5
+    return ([line["step"] for line in losses[::width]], smooth), methods
 
 
-def draw(run, path, supervised=None):
-    """Left the supervised steps, of this run or of the one that made its base; right the methods from there on."""
-    def panels(run):
-        cfg, lines = read(run)
-        n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
-        return cfg.sft_batch_size, n, curves(lines, n)
-
-    _, n, after = mine = panels(run)
-    batch, _, before = panels(supervised) if supervised else mine
+def draw(run, path):
+    """Left the supervised steps, right the methods from there on."""
+    cfg, lines = read(run)
+    n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
+    losses, methods = curves(lines, n)
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    loss = left.twinx()
-    for axes, lines in ((left, before["supervised"]), (loss, before["nll"]), (right, after["rl"])):
-        for label, (steps, values, errors) in lines.items():
-            look = {"hallucination": "s--", "training NLL": "k:"}.get(label, "o-")
-            axes.errorbar(steps, values, errors, fmt=look, label=label, capsize=2, ms=4)
-    left.set(title=f"supervised steps of {batch}", xlabel="step", ylabel="% on validation prompts", ylim=0)
-    loss.set(ylabel="nats per token")
+    left.plot(*losses, "k-")
+    left.set(title=f"training NLL, supervised steps of {cfg.sft_batch_size}", xlabel="step", ylabel="nats per token")
+    for name, (steps, values, errors) in methods.items():
+        right.errorbar(steps, values, errors, fmt="o-", label=name, capsize=2, ms=4)
     right.set(title=f"then RL: HR@10 on {n} validation prompts", xlabel="step", ylabel="%")
-    (shares, names), (losses, name) = left.get_legend_handles_labels(), loss.get_legend_handles_labels()
-    loss.legend(shares + losses, names + name, loc="center right", fontsize=9)
     right.legend(fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -146,12 +131,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
     parser.add_argument("--figure", type=Path, help="draw the first run's curves into this file")
-    parser.add_argument("--supervised", type=Path, help="the run whose supervised steps made its base, if another")
     args = parser.parse_args(argv)
     rows = collect(args.runs)
     print(table(rows))
     if args.figure:
-        draw(args.runs[0], args.figure, args.supervised)
+        draw(args.runs[0], args.figure)
     return rows
 
 

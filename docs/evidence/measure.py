@@ -132,12 +132,16 @@ def run_arm(setup, arm, scope):
     model = setup.policy.model
     model.load_state_dict(setup.base)
     curve, tally, best = [], [], None
+
+    def on_step(step, *_):
+        nonlocal best
+        if scope == "full" and (step % cfg.eval_every == 0 or step == cfg.rl_steps):
+            curve.append({"step": step, **judge(setup, setup.valid)[0]})
+            if best_step(curve) == step:
+                best = copy.deepcopy(model.state_dict())
+
     with registered(method, setup.truth, tally) as name:
-        for step in nano.train_rl(setup.policy, reward, setup.data.rl, cfg, name, lambda **row: None):
-            if scope == "full" and (step % cfg.eval_every == 0 or step == cfg.rl_steps):
-                curve.append({"step": step, **judge(setup, setup.valid)[0]})
-                if best_step(curve) == step:
-                    best = copy.deepcopy(model.state_dict())
+        nano.train_rl(setup.policy, reward, setup.data.rl, cfg, name, lambda **row: None, on_step=on_step)
 
     found, arrays = {"arm": arm.name, **arm._asdict()}, {}
     admitted = np.array(tally, float).reshape(-1, 3)  # steps x (batch, admitted, admitted though misled)
@@ -241,10 +245,9 @@ def visit(setup, item):
     shown = top(item, 10)
     prompts = setup.test
     utility = setup.truth.utility(prompts, shown)
-    dice = np.random.default_rng([setup.cfg.seed, 6])
+    points = np.random.default_rng([setup.cfg.seed, 6]).random(shown.shape)
     return engagement(prompts.user.numpy(), shown >= 0, utility - setup.world.click_at,
-                      np.where(shown >= 0, setup.truth.level1[shown], -1), dice.random(shown.shape),
-                      len(setup.truth.taste))
+                      np.where(shown >= 0, setup.truth.level1[shown], -1), points, len(setup.truth.taste))
 
 
 def top(item, n):
@@ -253,14 +256,14 @@ def top(item, n):
     return np.take_along_axis(item, first, 1)
 
 
-def engagement(user, shown, excess, category, dice, users):
+def engagement(user, shown, excess, category, points, users):
     """Per user, over the lists (B, n) shown in the period: VISIT's columns.
 
     A user clicks with probability sigmoid(excess), excess being true utility above `click_at`: the click model of the
     log without its bait. A click is followed by DWELL * log(1 + exp(excess)) seconds on the item's page, and counts as
     an effective page view from EFFECTIVE seconds on. Categories are the level-1 codes shown and clicked, each once.
     """
-    click = shown & (dice < 1 / (1 + np.exp(-excess)))
+    click = shown & (points < 1 / (1 + np.exp(-excess)))
     seconds = np.where(click, DWELL * np.logaddexp(0, excess), 0.0)
 
     def total(x):
@@ -285,7 +288,7 @@ def truth_logp(setup, batch=500):
     parts = []
     for rows in torch.arange(len(setup.test.target)).split(batch):
         part = setup.test.rows(rows)
-        parts.append(core.length_normalized(nano.supervise(setup.policy, part)[1]))
+        parts.append(core.length_normalized(nano.prefill_with_target(setup.policy, part)[1]))
     return torch.cat(parts).numpy()
 
 
@@ -297,13 +300,13 @@ def influence_rows(setup, prompts, width, batch=100):
     bit, so that it ties with itself. Negatives are beams of other prompts of a batch.
     """
     cfg, catalogue, reward = setup.cfg, setup.data.catalogue, nano.make_reward(setup.ranker, setup.cfg)
-    dice = nano.stream(cfg.seed, "influence")
+    generator = nano.make_generator(cfg.seed, "influence")
     B = min(batch, len(prompts.target))
     parts = []
     for rows in torch.arange(len(prompts.target) // B * B).split(B):  # whole batches: negatives need company
         part = prompts.rows(rows)
-        prompt, target_logp = nano.supervise(setup.policy, part)
-        beams, beam_logp = nano.grow(setup.policy, prompt, nano.beam(width))
+        prompt, target_logp = nano.prefill_with_target(setup.policy, part)
+        beams, beam_logp = nano.tree_decode(setup.policy, prompt, nano.beam(width))
         item, logp = catalogue.item(beams), core.length_normalized(beam_logp)  # (B, W)
         W = item.shape[1]
         hit = item == part.target.unsqueeze(1)
@@ -315,12 +318,13 @@ def influence_rows(setup, prompts, width, batch=100):
 
         target_logp = own(logp, core.length_normalized(target_logp))
         hard = core.difficulty(target_logp, logp, tau=cfg.tau)
-        negatives = item.flatten()[core.in_batch_negatives(torch.rand(B, B * W, generator=dice), k=W, m=cfg.negatives)]
+        keys = torch.rand(B, B * W, generator=generator)
+        negatives = item.flatten()[core.in_batch_negatives(keys, k=W, m=cfg.negatives)]
         pool = torch.cat([item, part.target.unsqueeze(1), negatives], 1)
         utility = setup.truth.utility(part, item.numpy())
         others = (item >= 0).numpy() & ~hit.numpy()  # the truth is left out: the strata are chosen by its rank
         # The random ranker, too, gives an item one score and a hallucination the floor.
-        noise = torch.rand(B, catalogue.N, generator=dice).gather(1, pool.clamp(min=0))
+        noise = torch.rand(B, catalogue.N, generator=generator).gather(1, pool.clamp(min=0))
         found = dict(llm=core.policy_rank(target_logp, logp), hard=hard,
                      misled=torch.from_numpy(setup.truth.misled(part)))
         for ranker, scores in (("ranker", reward(part.history, pool)),

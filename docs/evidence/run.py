@@ -36,7 +36,7 @@ from arithmetic import choose_dose  # noqa: E402
 from measure import ARMS, KNOB_ARMS, Arm  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
-from nanoadagrpo import BadInput  # noqa: E402
+from nanoadagrpo import UserError  # noqa: E402
 
 # Doses tried by --tune: lambda, or for what has none (nll, grpo) as many multiples of its learning rate.
 LAMBDAS = (0.3, 1.0, 5.0, 15.0)
@@ -134,7 +134,7 @@ def in_own_process(*task):
     one_seed(*task)
 
 
-def plain(steps, name, total=None):
+def plain(steps, name):
     """Instead of progress bars, which several processes would draw over each other."""
     return steps
 
@@ -183,7 +183,7 @@ def same_origin(out, made):
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [key for key in made if before.get(key) != made[key]]
     if changed:
-        raise BadInput(f"--out {out}: holds units of other {' and '.join(changed)}; name another folder, or remove it")
+        raise UserError(f"--out {out}: holds units of other {' and '.join(changed)}; name another folder, or remove it")
 
 
 def load(out, seed, label):
@@ -232,7 +232,7 @@ def read_doses(path, made):
     page = json.loads(path.read_text(encoding="utf-8"))
     for key in ("settings", "world"):
         if page[key] != made[key]:
-            raise BadInput(f"--dose {path}: was chosen for other {key}; run --tune again, or name another file")
+            raise UserError(f"--dose {path}: was chosen for other {key}; run --tune again, or name another file")
     return page
 
 
@@ -264,9 +264,9 @@ def parse(argv):
     args.dose = args.dose or (HERE if args.size == "default" else args.out) / "dose.json"
     args.page = args.page or (ROOT / "docs/results.md" if args.size == "default" else args.out / "results.md")
     if not (args.seeds or args.tune):
-        raise BadInput("--seeds: say which, such as 100-109")
+        raise UserError("--seeds: say which, such as 100-109")
     if args.baits and not set(args.baits) <= set(BAITS):
-        raise BadInput(f"--baits {args.baits}: choose among {BAITS}")
+        raise UserError(f"--baits {args.baits}: choose among {BAITS}")
     return args
 
 
@@ -318,7 +318,7 @@ def seeds_text(seeds):
 def main(argv=None):
     try:
         return run(parse(argv))
-    except BadInput as error:
+    except UserError as error:
         print(f"run.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

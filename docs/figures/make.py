@@ -127,8 +127,8 @@ def figure_plane(rows, gate, path):
     D, R = probe.judged(rows, gate)
     x = core.policy_rank(rows.target_logp, rows.rollout_logp[:, :K]).astype(float)
     y = core.reward_ranks(rows.target_reward, rows.rewards[:, :K], rows.negative_rewards[:, :M]).target.astype(float)
-    dice = np.random.default_rng(0)
-    x, y = (rank + dice.uniform(-0.38, 0.38, rank.shape) for rank in (x, y))  # ranks are whole: spread them to be seen
+    jitter = np.random.default_rng(0)  # ranks are whole: spread them to be seen
+    x, y = (rank + jitter.uniform(-0.38, 0.38, rank.shape) for rank in (x, y))
     top = int(gate.tau * K) + 0.5
     figure = Figure(figsize=(12.5, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -157,20 +157,20 @@ def figure_plane(rows, gate, path):
 
 
 def tree_of(items, K, seed=0):
-    """What `grow` runs for K rollouts of a history of so many items: [visible (n, seen)] of each call of the model."""
+    """What is run for K rollouts of a history of so many items: [attention mask (n, seen)] of each pass."""
     sids = [(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
     cfg = nano.Settings(toy=True, device="cpu", seed=seed, max_history=max(items, 1))
     policy = nano.tiny_policy(nano.Catalogue(sids), cfg)
-    plain, calls = policy.run, []
+    plain, calls = policy.forward, []
 
-    def spied(words, tokens, visible, *others, **more):
-        calls.append(visible[0].expand(tokens.shape[1], -1).numpy())
-        return plain(words, tokens, visible, *others, **more)
+    def spied(tokens, attention_mask, *others, **more):
+        calls.append(attention_mask[0].numpy())
+        return plain(tokens, attention_mask, *others, **more)
 
-    policy.run = spied
+    policy.forward = spied
     with torch.no_grad():
-        prompt = policy.read(torch.arange(items)[None])
-        nano.grow(policy, prompt, nano.sample(K, nano.stream(seed, "tree")))
+        prompt = nano.prefill(policy, torch.arange(items)[None])
+        nano.tree_decode(policy, prompt, probe.sampled(policy.catalogue.L, 1, K, nano.make_generator(seed, "tree")))
     return calls, policy.catalogue.L
 
 
@@ -204,13 +204,14 @@ def figure_tree(cfg, history, path):
     tree.set_title(f"one tree: {T} + {K} · {L - 1}, {run_by_tree} tokens run", fontsize=13)
     tree.text(T / 2, K + 0.1, "x prompt, s Semantic ID\nwhite: sampled, never run", fontsize=11, ha="center")
 
-    sees = np.zeros((run_by_tree, run_by_tree))
+    shade = np.zeros((run_by_tree, run_by_tree))
     start = 0
-    for number, visible in enumerate(calls):
-        sees[start : start + len(visible), : visible.shape[1]] = visible * (1 if number == 0 else 2)
-        start += len(visible)
+    for number, attention_mask in enumerate(calls):
+        rows, columns = attention_mask.shape
+        shade[start : start + rows, :columns] = attention_mask * (1 if number == 0 else 2)
+        start += rows
     colors = np.array([[1, 1, 1], [0.6, 0.6, 0.6], [0.34, 0.71, 0.91]])
-    mask.imshow(colors[sees.astype(int)])
+    mask.imshow(colors[shade.astype(int)])
     for start in np.cumsum([0, *map(len, calls)])[1:-1]:
         mask.axhline(start - 0.5, color="black", lw=1)
         mask.axvline(start - 0.5, color="black", lw=1)
@@ -221,7 +222,7 @@ def figure_tree(cfg, history, path):
     mask.set_xticks(range(run_by_tree), names, fontsize=10)
     mask.set_yticks(range(run_by_tree), names, fontsize=10)
     mask.tick_params(which="both", length=0)
-    mask.set_title("which token (row) sees which (column) in the tree", fontsize=13)
+    mask.set_title("which token (row) may attend to which (column) in the tree", fontsize=13)
 
     Ks = np.arange(1, 65)
     for n, style in ((history, "-"), (60, "--")):
@@ -404,7 +405,7 @@ def placed(page, found):
     for name, text in found.items():
         place = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)", re.S)
         if not place.search(page):
-            raise nano.BadInput(f"the page has no place for {name}; put <!-- {name}: --> and <!-- /{name} --> in it")
+            raise nano.UserError(f"the page has no place for {name}; put <!-- {name}: --> and <!-- /{name} --> in it")
         page = place.sub(lambda match, text=text: match[1] + text + "\n" + match[2], page)
     return page
 

@@ -46,19 +46,23 @@ class Pass(NamedTuple):
 # == The pass =========================================================================================================
 
 
+def sampled(L, B, n, generator):
+    return nano.sample(torch.rand(L, B, n, generator=generator))
+
+
 @torch.no_grad()
 def roll_out(setup):
     """Every validation prompt of the toy once, in batches as the step makes them."""
     cfg, catalogue, reward = setup.cfg, setup.data.catalogue, nano.make_reward(setup.ranker, setup.cfg)
     setup.policy.model.load_state_dict(setup.base)
-    B, dice, parts = cfg.batch_size, nano.stream(cfg.seed, "gate"), []
+    B, generator, parts = cfg.batch_size, nano.make_generator(cfg.seed, "gate"), []
     prompts = setup.data.valid
     for rows in torch.arange(len(prompts.target) // B * B).split(B):
         batch = prompts.rows(rows)
-        prompt, target_logp = nano.supervise(setup.policy, batch)
-        rollouts, rollout_logp = nano.grow(setup.policy, prompt, nano.sample(ROLLOUTS, dice))
+        prompt, target_logp = nano.prefill_with_target(setup.policy, batch)
+        rollouts, rollout_logp = nano.tree_decode(setup.policy, prompt, sampled(catalogue.L, B, ROLLOUTS, generator))
         item = catalogue.item(rollouts)
-        keys = torch.rand(B, B * ROLLOUTS, generator=dice)
+        keys = torch.rand(B, B * ROLLOUTS, generator=generator)
         negative = item.flatten()[core.in_batch_negatives(keys, k=ROLLOUTS, m=NEGATIVES)]
         scores = reward(batch.history, torch.cat([item, batch.target.unsqueeze(1), negative], 1))
         target_logp = core.length_normalized(target_logp)
@@ -123,7 +127,7 @@ def pulls(setup, batches=40):
     cfg, catalogue, reward = setup.cfg, setup.data.catalogue, nano.make_reward(setup.ranker, setup.cfg)
     policy, K = setup.policy, cfg.group_size
     policy.model.load_state_dict(setup.base)
-    weights, dice, lengths = list(policy.model.parameters()), nano.stream(cfg.seed, "pulls"), []
+    weights, generator, lengths = list(policy.model.parameters()), nano.make_generator(cfg.seed, "pulls"), []
 
     def length(loss):
         if not loss.requires_grad:
@@ -134,10 +138,10 @@ def pulls(setup, batches=40):
     prompts = setup.data.valid
     for rows in torch.arange(len(prompts.target) // cfg.batch_size * cfg.batch_size).split(cfg.batch_size)[:batches]:
         batch = prompts.rows(rows)
-        B, (prompt, target_logp) = len(rows), nano.supervise(policy, batch)
-        rollouts, logp = nano.grow(policy, prompt, nano.sample(K, dice))
+        B, (prompt, target_logp) = len(rows), nano.prefill_with_target(policy, batch)
+        rollouts, logp = nano.tree_decode(policy, prompt, sampled(catalogue.L, B, K, generator))
         item = catalogue.item(rollouts)
-        keys = torch.rand(B, B * K, generator=dice)
+        keys = torch.rand(B, B * K, generator=generator)
         negative = item.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]
         scores = reward(batch.history, torch.cat([item, batch.target.unsqueeze(1), negative], 1))
         out = core.adagrpo_loss(target_logp, logp, logp.detach(), scores[:, :K], scores[:, K], scores[:, K + 1 :],

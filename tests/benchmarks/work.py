@@ -2,13 +2,16 @@
 """The work that speed.py times: models, prompts and rewards, what peers do with them, and that both sides agree.
 
 Both sides get the same model, the same prompts of exactly T tokens, the same reward. The model's vocabulary is V words,
-all of them SID tokens, so that one softmax serves both; every combination of three words is an item, so that rewards
-of a random model's rollouts vary. Nothing here needs TRL but `trl_step`.
+all of them SID tokens but the query token, and the start token where prompts have one; the softmax of either side runs
+over all of them. Every combination of three words is an item, so that rewards of a random model's rollouts vary.
+Nothing here needs TRL but `trl_trainer`.
 """
 
 import copy
+import dataclasses
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adagrpo_core as core
@@ -31,31 +34,21 @@ class AnyCombination(nano.Catalogue):
         return (super().item(tokens).clamp(max=0) + mixed) % self.N
 
 
-def a_policy(shape="tiny", T=60, L=L, N=3000, words=V, seed=0, **config):
-    """A policy whose prompts of `items(T)` items have exactly T tokens; the question is a SID token like others."""
-    dice = torch.Generator().manual_seed(seed)
-    level = torch.tensor([words // L] * (L - 1) + [words - (L - 1) * (words // L)])
-    sids = (torch.rand(N - words, L, generator=dice) * level).long()
-    sids = torch.cat([(torch.arange(words).unsqueeze(1) % level), sids])  # every word is there
+def a_policy(shape="tiny", T=61, L=L, N=3000, words=V, seed=0, **config):
+    """A policy for prompts of T tokens: whole items, the query token, and a start token if that is what is missing."""
+    start = T % L == 2
+    S = words - 1 - start
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.tensor([S // L] * (L - 1) + [S - (L - 1) * (S // L)])
+    sids = (torch.rand(N - S, L, generator=generator) * level).long()
+    sids = torch.cat([(torch.arange(S).unsqueeze(1) % level), sids])  # every word is there
     catalogue = AnyCombination(list(dict.fromkeys(map(tuple, sids.tolist()))))
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=words, max_position_embeddings=1024, tie_word_embeddings=True,
-                         initializer_range=0.05, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-                         **{**SHAPES[shape], **config})
+                         initializer_range=0.05, bos_token_id=S + 1 if start else None, eos_token_id=None,
+                         pad_token_id=None, **{**SHAPES[shape], **config})
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-    policy = nano.Policy(model, catalogue, nano.Settings(device="cpu"), Words(words))
-    policy.start = torch.arange(1, 1 + T - 1 - L * items(T, L))  # fills up to T
-    return policy
-
-
-class Words:
-    """The least that `nano.Policy` asks of a tokenizer."""
-
-    def __init__(self, words):
-        self.words = words
-
-    def convert_tokens_to_ids(self, words):
-        return [*range(self.words), 0]
+    return nano.Policy(model, catalogue, nano.Settings(device="cpu"))
 
 
 def copied(policy):
@@ -65,22 +58,18 @@ def copied(policy):
     return other
 
 
-def items(T, L=L):
-    return (T - 1) // L
-
-
 def some_prompts(policy, n, T, seed=0):
-    dice = torch.Generator().manual_seed(seed)
-    N, H = policy.catalogue.N, items(T, policy.catalogue.L)
-    return nano.Prompts(torch.randint(N, (n, H), generator=dice), torch.randint(N, (n,), generator=dice),
-                        torch.arange(n))
+    generator, N, H = torch.Generator().manual_seed(seed), policy.catalogue.N, T // policy.catalogue.L
+    prompts = nano.Prompts(torch.randint(N, (n, H), generator=generator), torch.randint(N, (n,), generator=generator),
+                           torch.arange(n))
+    assert prompt_ids(policy, prompts.history).shape == (n, T), f"whole items do not make a prompt of {T} tokens"
+    return prompts
 
 
 def prompt_ids(policy, history):
-    """(B, H) histories without padding -> (B, T) ids, as `Policy.read` makes them."""
-    said = policy.vocabulary[policy.catalogue.tokens[history]].flatten(1)
-    B = len(history)
-    return torch.cat([policy.start.expand(B, -1), said, policy.ask.expand(B, 1)], 1)
+    """(B, H) histories without padding -> (B, T) ids, as the policy makes them."""
+    ids = F.pad(policy.catalogue.tokens[history].flatten(1), (0, 1), value=policy.query)
+    return ids if policy.start is None else F.pad(ids, (1, 0), value=policy.start)
 
 
 def reward(history, item):
@@ -94,15 +83,29 @@ def settings(B, K, **changes):
 
 
 def steps(policy, prompts, cfg, method="grpo"):
-    """A generator of whole steps of the script: next() is rollout, reward, gate, loss, backward, AdamW, diagnostics."""
-    return nano.train_rl(policy, reward, prompts, cfg, method, lambda **row: None)
+    """A generator of whole steps of the script: next() is rollout, reward, gate, loss, backward, AdamW, diagnostics.
+
+    Each is a call of `train_rl` that goes on from the one before, as a resumed run does, but without a checkpoint.
+    """
+    kept, saved = nano.Optimizer(policy.model, cfg.lr if nano.METHODS[method].supervised else cfg.grpo_lr,
+                                 cfg.rl_steps * cfg.updates), {}
+    for step in range(cfg.rl_steps):
+        def begin(optimizer, generators, step=step):
+            optimizer.adamw, optimizer.schedule = kept.adamw, kept.schedule
+            generators.update(saved)
+            saved.update(generators)
+            return step
+
+        nano.train_rl(policy, reward, prompts, dataclasses.replace(cfg, rl_steps=step + 1), method,
+                      lambda **row: None, begin)
+        yield
 
 
 def admitting(n):
     """A method that supervises everyone and admits the first n of each batch, after having asked the real gate."""
-    def admit(hard, clear, batch, generator):
-        core.sample_clip(hard, clear)
-        return torch.arange(len(hard)) < n
+    def admit(difficult, reliable, batch, generator):
+        core.sample_clip(difficult, reliable)
+        return torch.arange(len(difficult)) < n
 
     nano.METHODS[f"admits {n}"] = nano.Method(True, admit)
     return f"admits {n}"
@@ -113,16 +116,16 @@ def admitting(n):
 
 def our_loss(policy, history, tokens, advantages):
     """Plain GRPO on these rollouts (B, K, L), on-policy, by the script's tree and the core."""
-    logp = nano.score(policy, policy.read(history), tokens)
+    logp = nano.sequence_logp(policy, nano.prefill(policy, history), tokens)
     return core.grpo_loss(logp, logp, advantages).mean()
 
 
 def repeating_loss(policy, history, tokens, advantages):
     """The same the usual way: the prompt repeated for each rollout, one plain pass, the loss by hand."""
     ids = prompt_ids(policy, history).repeat_interleave(tokens.shape[1], 0)
-    ids = torch.cat([ids, policy.vocabulary[tokens.flatten(0, 1)]], 1)
+    ids = torch.cat([ids, tokens.flatten(0, 1)], 1)
     logits = policy.model(input_ids=ids, use_cache=False, logits_to_keep=L + 1).logits[:, :-1]
-    logp = logits.log_softmax(-1).gather(-1, policy.vocabulary[tokens].view(-1, L, 1))[..., 0]
+    logp = logits.log_softmax(-1).gather(-1, tokens.view(-1, L, 1))[..., 0]
     return -((logp - logp.detach()).exp().mean(1) * advantages.flatten()).mean()
 
 
@@ -144,8 +147,8 @@ def same(name, ours, theirs, tolerance):
 
 def check_step(policy, history, K, seed=0):
     """Loss and gradients of the tree against repeating the prompt; {what: relative difference}."""
-    dice = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(policy.catalogue.S, (len(history), K, L), generator=dice)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(policy.catalogue.S, (len(history), K, L), generator=generator)
     advantages = core.group_advantages(reward(history, policy.catalogue.item(tokens)))
     losses = [f(policy, history, tokens, advantages) for f in (our_loss, repeating_loss)]
     # On-policy the loss is minus the mean advantage, which is 0: compare with what its terms are like.
@@ -158,7 +161,7 @@ def check_step(policy, history, K, seed=0):
 
 @torch.no_grad()
 def our_beams(policy, history, width):
-    return nano.grow(policy, policy.read(history), nano.beam(width))
+    return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width))
 
 
 @torch.no_grad()
@@ -176,10 +179,10 @@ def check_beams(policy, history, width):
     """The same beams in the same order; where two are as likely as each other to six digits, either order will do."""
     (ours, logp), (theirs, scores) = our_beams(policy, history, width), their_beams(policy, history, width)
     difference = same("scores of beams", logp.sum(-1), scores, 1e-5)
-    equal = (policy.vocabulary[ours] == theirs).all(-1)
+    equal = (ours == theirs).all(-1)
     for b, w in (~equal).nonzero().tolist():
         twins = (scores[b] - scores[b, w]).abs() < 2e-5 * scores[b, w].abs()
-        if not (policy.vocabulary[ours[b, w]] == theirs[b, twins]).all(-1).any() and w < width - 1:
+        if not (ours[b, w] == theirs[b, twins]).all(-1).any() and w < width - 1:
             raise AssertionError(f"beam {w} of prompt {b} is another")
     return {"beams": difference, "in the same place": equal.float().mean().item()}
 
@@ -188,11 +191,11 @@ def check_beams(policy, history, width):
 
 
 def core_case(B=64, K=32, M=4, seed=0):
-    dice = torch.Generator().manual_seed(seed)
-    logp = torch.log(torch.rand(B, K, L, generator=dice) * 0.9 + 0.05)
-    truth = torch.log(torch.rand(B, L, generator=dice) * 0.9 + 0.05)
-    old = logp + 0.3 * torch.randn(logp.shape, generator=dice)
-    rewards, target, negatives = (torch.rand(B, n, generator=dice) for n in (K, 1, M))
+    generator = torch.Generator().manual_seed(seed)
+    logp = torch.log(torch.rand(B, K, L, generator=generator) * 0.9 + 0.05)
+    truth = torch.log(torch.rand(B, L, generator=generator) * 0.9 + 0.05)
+    old = logp + 0.3 * torch.randn(logp.shape, generator=generator)
+    rewards, target, negatives = (torch.rand(B, n, generator=generator) for n in (K, 1, M))
     target = target[:, 0] * 0.2 + 0.8  # often at the top, so that the gate lets some through
     return [x.requires_grad_() for x in (logp, truth)] + [old, rewards, target, negatives * 0.1]
 
@@ -267,7 +270,7 @@ def trl_trainer(policy, prompts, B, K, T, check=None):
             return loss
 
     def rewards(prompts, completions, completion_ids, row, **columns):
-        tokens = torch.tensor(completion_ids)  # ids are SID tokens here
+        tokens = torch.tensor(completion_ids)
         return reward(histories[torch.tensor(row)], policy.catalogue.item(tokens).unsqueeze(1))[:, 0].tolist()
 
     histories, size = prompts.history, policy.model.config.vocab_size

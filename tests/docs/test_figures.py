@@ -138,5 +138,5 @@ def test_agreement_is_spearmans_correlation_of_the_items_alone():
 
 
 def test_a_page_without_a_place_is_refused_by_name():
-    with pytest.raises(nano.BadInput, match="knobs"):
+    with pytest.raises(nano.UserError, match="knobs"):
         make.placed("nothing here", {"knobs": "x"})

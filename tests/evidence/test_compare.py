@@ -73,43 +73,16 @@ def test_the_table_holds_mean_and_spread_over_runs_and_differences_within_them(f
 
 def test_the_figure_shows_what_was_logged_with_the_standard_error_of_a_share(folder, tmp_path):
     lines = [{"phase": "sft", "step": i, "nll": 6.0 - i} for i in (1, 2, 3, 4)]
-    lines[2:2] = [{"phase": "sft_valid", "method": "base", "step": 2, "hr@10": 0.1, "hallucination": 0.9}]
-    lines += [{"phase": "sft_valid", "method": "base", "step": 4, "hr@10": 0.5, "hallucination": 0.2}]
     for name, hit in (("nll", 0.5), ("adagrpo", 0.8)):
         lines += [{"phase": "valid", "method": name, "step": step, "hr@10": x} for step, x in ((0, 0.5), (3, hit))]
     lines += [{"phase": "rl", "method": "adagrpo", "step": 1, "nll": 3.0}]
-    found = compare.curves(lines, 100)
-    steps, values, errors = found["supervised"]["HR@10"]
-    assert steps == [2, 4] and values == pytest.approx([10, 50]) and errors == pytest.approx([3, 5])
-    assert found["supervised"]["hallucination"][1] == pytest.approx([90, 20])
-    assert found["nll"]["training NLL"][0] == [1, 2, 3, 4] and found["nll"]["training NLL"][1][-1] == 2
-    assert found["rl"]["adagrpo"][0] == [0, 3] and found["rl"]["adagrpo"][1] == pytest.approx([50, 80])
-    for kept in (lines, [line for line in lines if line["phase"] != "sft_valid"]):  # as without --sft-eval-every
-        run = tmp_path / f"run-{len(kept)}"
-        run.mkdir()
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data=str(folder)))))
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        compare.main([str(run), "--figure", str(run / "curve.png")])
-        assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_supervised_steps_may_be_those_of_another_run(folder, tmp_path, monkeypatch):
-    sft = [{"phase": "sft", "step": 1, "nll": 6.0},
-           {"phase": "sft_valid", "method": "base", "step": 1, "hr@10": 0.1, "hallucination": 0.9}]
-    rl = [{"phase": "sft", "step": 1, "nll": 3.0}, {"phase": "valid", "method": "nll", "step": 2, "hr@10": 0.5}]
-    for name, batch, lines in (("sft", 32, sft), ("rl", 8, rl)):
-        (tmp_path / name).mkdir()
-        cfg = nano.Settings(data=str(folder), sft_batch_size=batch)
-        (tmp_path / name / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn = []
-    monkeypatch.setattr(compare.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
-    compare.draw(tmp_path / "rl", tmp_path / "curve.png", tmp_path / "sft")
-    left, right, loss = drawn[0].axes
-
-    def heights(axes):
-        return {name: list(line.lines[0].get_ydata()) for line, name in zip(*axes.get_legend_handles_labels(),
-                                                                            strict=True)}
-
-    assert heights(left) == {"HR@10": [10], "hallucination": [90]} and heights(loss) == {"training NLL": [6]}
-    assert heights(right) == {"nll": [50]} and "of 32" in left.get_title()
+    losses, methods = compare.curves(lines, 100)
+    assert losses == ([1, 2, 3, 4], [5, 4, 3, 2]) and list(methods) == ["nll", "adagrpo"]
+    steps, values, errors = methods["adagrpo"]
+    assert steps == [0, 3] and values == pytest.approx([50, 80]) and errors == pytest.approx([5, 4])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data=str(folder)))))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare.main([str(run), "--figure", str(run / "curve.png")])
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -35,8 +35,8 @@ def test_influence_on_two_prompts_worked_by_hand(monkeypatch):
     # The truth, scored alone. The first is among the beams, at -3: that this pass is off by rounding must not
     # cost it a place. The second is not.
     target_logp = torch.tensor([[-3.0001], [-5.0]])
-    monkeypatch.setattr(nano, "supervise", lambda policy, batch: (None, target_logp))
-    monkeypatch.setattr(nano, "grow", lambda policy, prompt, pick: (beams.unsqueeze(-1), beam_logp))
+    monkeypatch.setattr(nano, "prefill_with_target", lambda policy, batch: (None, target_logp))
+    monkeypatch.setattr(nano, "tree_decode", lambda policy, prompt, select: (beams.unsqueeze(-1), beam_logp))
     monkeypatch.setattr(nano, "make_reward", lambda ranker, cfg: lambda history, item: reward.gather(1, item))
     # True utility falls with the item's number; both contexts are alike.
     truth = measure.Truth(np.zeros((2, 6)), -np.arange(6.0), np.zeros((6, 6)), np.zeros(6, int), np.array([False]), 1.0)
@@ -94,8 +94,8 @@ def test_a_period_of_two_readers_worked_by_hand():
     excess = np.array([[0.0, 0.0], [-2.0, 0.0], [-2.0, 3.0]])
     category = np.array([[1, 2], [0, -1], [1, 1]])
     # p(click): .5, .5 | .119 | .119, .953
-    dice = np.array([[0.4, 0.6], [0.05, 0.0], [0.1, 0.9]])
-    found = measure.engagement(user, shown, excess, category, dice, users=3)
+    points = np.array([[0.4, 0.6], [0.05, 0.0], [0.1, 0.9]])
+    found = measure.engagement(user, shown, excess, category, points, users=3)
     stay = {x: 30 * math.log(1 + math.exp(x)) for x in (0.0, -2.0, 3.0)}  # 20.8, 3.8 and 91.5 seconds
     # User 0 clicks three of four: 20.8 and 91.5 s count as effective, 3.8 s does not. Categories 1 and 2, then 1.
     assert found[0].tolist() == pytest.approx([2, 0.75, stay[0.0] + stay[-2.0] + stay[3.0], 2, 1])
@@ -148,8 +148,7 @@ def test_an_arm_is_the_scripts_own_training(setup, name):
     """Counting who is admitted, and looking at validation on the way, change nothing."""
     setup.policy.model.load_state_dict(setup.base)
     reward = nano.make_reward(setup.ranker, setup.cfg)
-    for _ in nano.train_rl(setup.policy, reward, setup.data.rl, setup.cfg, name, lambda **row: None):
-        pass
+    nano.train_rl(setup.policy, reward, setup.data.rl, setup.cfg, name, lambda **row: None)
     alone = weights(setup)
     found, arrays = measure.run_arm(setup, arm_of(setup, name), "knob")
     assert all(torch.equal(alone[key], value) for key, value in weights(setup).items())
@@ -181,7 +180,7 @@ def test_the_oracle_admits_exactly_the_contexts_without_bait(setup):
     _, arrays = measure.run_arm(setup, arm_of(setup, "oracle-gate"), "full")
     batch, admitted, misled = arrays["admitted"].T
     order = nano.batches(len(setup.data.rl.target), setup.cfg.batch_size, setup.cfg.rl_steps,
-                         nano.stream(setup.cfg.seed, "order"))
+                         nano.make_generator(setup.cfg.seed, "order"))
     clean = [int((~setup.truth.misled(setup.data.rl.rows(rows))).sum()) for rows in order]
     assert admitted.tolist() == clean and 0 < admitted.sum() < batch.sum() and not misled.any()
     assert not setup.truth._replace(bait=0.0).misled(setup.test).any()

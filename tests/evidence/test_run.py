@@ -136,8 +136,9 @@ def test_cells_are_what_the_units_say(finished):
     assert part.mean == pytest.approx(100 * np.mean(np.array(hits[0]) - hits[1] - 0.6 * (oracle - hits[1])))
 
 
-def test_another_process_gives_the_same_numbers(finished):
+def test_another_process_gives_the_same_numbers(finished, monkeypatch):
     """One unit is removed, and made again in a process of its own."""
+    monkeypatch.setattr(report, "figure_dynamics", lambda *_: None)  # drawn once is enough
     folder, _, _ = finished
     gone = folder / "seed-1" / f"adagrpo{DEFAULT}.json"
     before, others = json.loads(gone.read_text()), {p: p.stat().st_mtime_ns for p in folder.glob("seed-*/*.json")}
@@ -170,6 +171,10 @@ def test_doses_of_another_world_are_refused(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(["--seeds", "0", "--size", "small", "--out", str(tmp_path), "--dose", str(tmp_path / "dose.json")])
     assert "other world" in capsys.readouterr().err
+
+
+def test_the_doses_of_this_folder_were_chosen_for_todays_settings():
+    assert run.read_doses(run.HERE / "dose.json", run.fingerprint("default"))["doses"]["1"].keys() == ARMS.keys()
 
 
 @pytest.mark.parametrize("words", [[], ["--seeds", "0", "--baits", "0.3"]])
