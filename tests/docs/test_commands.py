@@ -27,7 +27,6 @@ PROGRAMS = ("python", "torchrun", "unzip", "pip", "pytest", "sphinx-build", "cp"
 RUN_BY = {
     "python nanoadagrpo.py": None,
     "python nanoadagrpo.py --resume": "tests/nano/test_resume.py",
-    "python nanoadagrpo.py --config": "tests/nano/test_resume.py",
     "torchrun": "tests/nano/test_processes.py",
     "python docs/evidence/run.py": "tests/evidence/test_run.py",
     "python docs/evidence/compare.py": "tests/evidence/test_compare.py",
@@ -101,12 +100,13 @@ def shop(folder):
     return folder
 
 
-def model(folder):
+def model(folder, *known, **special):
     """A random one with a tokenizer, as --model takes it."""
-    config = GPT2Config(vocab_size=4, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    words = {word: i for i, word in enumerate(["<unk>", "hammer", "nail", "saw", *known])}
+    config = GPT2Config(vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=None)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({"<unk>": 0, "hammer": 1, "nail": 2, "saw": 3}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    words = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS
@@ -125,9 +125,10 @@ def test_every_command_line_of_the_script_runs_made_small(command, tmp_path, mon
     world = nano.World(codes=6, items=60, users=60, impressions=8)
     monkeypatch.setattr(nano, "toy_world", lambda cfg: whole(cfg, world))
     monkeypatch.chdir(tmp_path)
-    results = nano.main([*words, *SMALL])  # what is said twice is as it is said last
+    none = [word for flag in ("--sft-steps", "--rl-steps") if f"{flag} 0" in command for word in (flag, "0")]
+    results = nano.main([*words, *SMALL, *none])  # what is said twice is as it is said last
     torch.set_num_threads(threads)
-    assert "base" in results and len(results) >= 2
+    assert "base" in results and (len(results) >= 2) == ("--rl-steps 0" not in command)
     assert list(tmp_path.rglob("report.md"))
 
 
@@ -154,12 +155,23 @@ def test_the_check_installs_every_extra_that_the_pages_install():
 
 
 def test_the_layouts_that_the_data_page_shows_are_read(tmp_path):
-    page = PAGES["docs/data.md"]
+    page, cfg = PAGES["docs/data.md"], nano.Settings(device="cpu")
     row = re.search(r'\{"history":.*?"target":.*?\}', page)[0]
-    (tmp_path / "train.jsonl").write_text(row + "\n")
-    assert [line for line, _, _ in nano.read_jsonl(tmp_path / "train.jsonl")] == [1]
+    (tmp_path / "jsonl").mkdir()
+    given = json.loads(row)
+    (tmp_path / "jsonl" / "catalogue.json").write_text(json.dumps([*given["history"], given["target"]]))
+    for name in ("train", "valid", "test"):
+        (tmp_path / "jsonl" / f"{name}.jsonl").write_text(row + "\n")
+    read = nano.load_data(tmp_path / "jsonl", cfg)
+    assert read.test.history.tolist() == [[0, 1]] and read.test.target.tolist() == [2]
+
     history = re.search(r"\['<[^\]]*?(?:, \.\.\.)?\]", page)[0].replace(", ...", "")
     target = re.search(r"item_sid\s+what came next: (\S+)", page)[1]
-    (tmp_path / "train.csv").write_text(f'history_item_sid,item_sid\n"{history}",{target}\n')
-    [(_, read, nxt)] = nano.read_csv(tmp_path / "train.csv")
-    assert "".join(read[0]) == ast.literal_eval(history)[0] and "".join(nxt) == target
+    index = json.loads(re.search(r"DIR/index.json +(\{.*?), \.\.\.\}", page)[1] + "}")
+    (tmp_path / "csv").mkdir()
+    index |= {f"more {i}": re.findall(r"<\w+>", sid) for i, sid in enumerate([*ast.literal_eval(history), target])}
+    (tmp_path / "csv" / "index.json").write_text(json.dumps(index))
+    for name in ("train", "valid", "test"):
+        (tmp_path / "csv" / f"{name}.csv").write_text(f'history_item_sid,item_sid\n"{history}",{target}\n')
+    read = nano.load_data(tmp_path / "csv", cfg)
+    assert read.test.history.tolist() == [[1]] and read.test.target.tolist() == [2]

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shlex
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def code_spans(text):
 
 # -- code blocks -------------------------------------------------------------------------------------------------------
 
-# Blocks that need something first: tests/recipes/test_vendoring_page.py and tests/nano/test_models.py run those.
+# Blocks that need something first are run by tests/recipes/test_vendoring_page.py, tests/nano/test_models.py and
+# test_models_page.py.
 ELSEWHERE = {"docs/vendoring.md", "docs/models.md"}
 RUNNABLE = [page for page, text in PAGES.items() if "```python" in text and page not in ELSEWHERE]
 
@@ -153,7 +155,7 @@ def test_commands_are_found_however_they_are_quoted():
             "```\npip install . && python nanoadagrpo.py --toy \\\n    --seed 3 && ls\n```\n")
     assert list(commands(text)) == [["--toy"], ["--data", "somewhere"], ["--toy", "--seed", "3"]]
     assert sum(len(list(commands(text))) for text in PAGES.values()) >= 4
-    with pytest.raises((SystemExit, nano.BadInput)):
+    with pytest.raises(nano.UserError):
         nano.parse(["--toy", "--no-such-flag", "1"])
 
 
@@ -163,7 +165,7 @@ ABOUT_THE_SCRIPT = ["README.md", "docs/walkthrough.md", "docs/equations.md", "do
 
 @pytest.mark.parametrize("page", ABOUT_THE_SCRIPT)
 def test_every_flag_that_is_named_is_one_of_the_scripts(page):
-    flags = {"--config"} | {f"--{nano.dashed(field)}" for field in nano.Settings.__dataclass_fields__}
+    flags = set(map(nano.to_flag, nano.Settings.__dataclass_fields__))
     named = [word for span in code_spans(PAGES[page]) for word in re.findall(r"(?<!\S)--[a-z][\w-]*", span)
              if "evidence" not in span]
     assert set(named) <= flags
@@ -267,23 +269,43 @@ def test_every_row_names_a_test_and_every_choice_is_asked_by_an_equation():
 # -- docs/walkthrough.md -----------------------------------------------------------------------------------------------
 
 
-def test_the_walkthrough_has_the_banners_of_the_script_in_their_order():
-    banners = re.findall(r"^# == (\d+\. .+?) =+$", (ROOT / "nanoadagrpo.py").read_text(), flags=re.M)
-    headings = re.findall(r"^### (\d+\. .+)$", WALKTHROUGH, flags=re.M)
-    assert headings == banners and len(banners) == 8
+SOURCE = (ROOT / "nanoadagrpo.py").read_text(encoding="utf-8")
+SCRIPT_PAGES = WALKTHROUGH.split("\n## The script, from top to bottom\n")[1].split("\n## ")[0]
 
 
-def test_every_section_of_the_walkthrough_names_what_stands_in_that_section_of_the_script():
-    source = (ROOT / "nanoadagrpo.py").read_text()
-    parts = re.split(r"^# == \d+\. .*$", source, flags=re.M)[1:]
-    pages = re.split(r"^### \d+\. .*$", WALKTHROUGH.split("## Where the paper is silent")[0], flags=re.M)[1:]
-    everything = {name for name in vars(nano) if re.search(rf"^(def|class) {name}\b|^{name} = ", source, flags=re.M)}
-    for part, page in zip(parts, pages, strict=True):
-        here = {name for name in everything if re.search(rf"^(def|class) {name}\b|^{name} = ", part, flags=re.M)}
-        assert len(here & set(names(page))) >= min(2, len(here)), page
-        for name in names(page):
-            known = name in everything or name in core.__all__ or re.search(rf"\b{name}\b", part)
-            assert known, f"`{name}` is nothing in this section of the script, nor in the core"
+def sections(text, heading):
+    """[(title, what stands below it)] and before them what stands above the first."""
+    above, *rest = re.split(heading, text, flags=re.M)
+    return above, list(zip(rest[::2], rest[1::2], strict=True))
+
+
+PARTS = list(zip(sections(SOURCE, r"^# == (.+?) =+$")[1], sections(SCRIPT_PAGES, r"^### (.+)$")[1], strict=True))
+
+
+def defined(code):
+    """The functions, classes and constants of a piece of the script."""
+    return set(re.findall(r"^(?:def |class |(?=[A-Z_]+ = ))(\w+)", code, flags=re.M))
+
+
+@pytest.mark.parametrize("part, page", PARTS, ids=["I", "II", "III"])
+def test_the_walkthrough_has_the_parts_and_rooms_of_the_script_in_their_order(part, page):
+    assert part[0] == page[0]
+    first, rooms = sections(part[1], r"^# -- (.+?)(?: -+)?$")
+    rooms = [("", first), *rooms] if defined(first) else rooms
+    headings = sections(page[1], r"^#### (.+)$")[1]
+    for (banner, code), (heading, text) in zip(rooms, headings, strict=True) if headings else ():
+        assert not banner or banner.lower().startswith(heading.lower())
+        assert defined(code) & set(names(text)), heading
+    for name in names(page[1]):
+        known = name in defined(SOURCE) or name in core.__all__ or re.search(rf"\b{name}\b", part[1])
+        assert known, f"`{name}` is nothing in this part of the script, nor in the core"
+    assert len(defined(part[1]) & set(names(page[1]))) >= 8
+
+
+def test_pieces_of_the_script_that_the_walkthrough_shows_stand_there_in_this_order():
+    pieces = [code for language, code in FENCE.findall(SCRIPT_PAGES) if language == "py"]
+    places = [max(SOURCE.find(textwrap.indent(piece, " " * n)) for n in range(0, 24, 4)) for piece in pieces]
+    assert len(pieces) >= 2 and min(places) > 0 and places == sorted(places)
 
 
 # -- docs/metrics.md ---------------------------------------------------------------------------------------------------
@@ -291,7 +313,7 @@ def test_every_section_of_the_walkthrough_names_what_stands_in_that_section_of_t
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The keys of every kind of line that a run with all methods writes."""
+    """The keys of every kind of line that a run with all methods and fifty beams writes."""
     threads, whole = torch.get_num_threads(), nano.toy_world
     torch.set_num_threads(1)
     small = nano.World(codes=6, items=60, users=60, impressions=8)
@@ -300,7 +322,7 @@ def logged(tmp_path_factory):
         patch.setattr(nano, "toy_world", lambda cfg: whole(cfg, small))
         nano.main(["--toy", "--method", "all", "--device", "cpu", "--out", str(out), "--sft-steps", "2",
                    "--sft-batch-size", "8", "--rl-steps", "1", "--batch-size", "4", "--group-size", "6",
-                   "--rl-prompts", "20", "--eval-prompts", "8", "--beam-width", "8", "--sft-eval-every", "1"])
+                   "--rl-prompts", "20", "--eval-prompts", "8", "--beam-width", "50"])
     torch.set_num_threads(threads)
     keys = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
@@ -309,6 +331,7 @@ def logged(tmp_path_factory):
     return keys
 
 
+ANY = {"phase", "seconds"}  # documented before and after the tables
 EVERY, RL, EVALUATION = "Every training step", "Every RL step, beside those", "Every evaluation"
 
 
@@ -322,30 +345,29 @@ def at_k(keys):
 
 
 def test_every_training_step_logs_the_documented_keys_and_no_other(logged):
-    assert documented(EVERY) == logged["sft"] - {"phase"}
+    assert documented(EVERY) == logged["sft"] - ANY
     assert documented(RL) == logged["rl"] - logged["sft"]
     assert logged["sft"] <= logged["rl"]
 
 
 def test_every_evaluation_logs_the_documented_keys_and_no_other(logged):
-    where = {"phase", "method", "step"}  # documented above the tables and in the others
+    where = {"method", "step"} | ANY
     assert documented(EVALUATION) == at_k(logged["test"]) - where
     assert documented(EVALUATION) - {"admitted"} == at_k(logged["valid"]) - where
-    assert logged["sft_valid"] == logged["valid"]
     assert {"hr@1", "hr@10", "hr@50", "click_reward@1", "order_reward@50"} <= logged["test"]
 
 
 def test_the_phases_are_those_that_the_page_names(logged):
     introduction = METRICS.split("\n## ")[0]
     assert all(f"`{phase}`" in introduction for phase in logged)
-    assert set(logged) == {"sft", "sft_valid", "rl", "valid", "test"}
+    assert set(logged) == {"sft", "rl", "valid", "test"}
 
 
 def test_every_key_that_the_pages_words_mention_is_logged(logged):
     known = set.union(*logged.values()) | at_k(set.union(*logged.values()))
     mentioned = {span for span in code_spans(METRICS) if re.fullmatch(r"[a-z]+(_[a-z]+)*(@\w+)?", span)}
-    other = {"max", "base", *logged, *nano.METHODS}  # a tie rule, what they start from, the phases, the methods
-    other |= {"seconds", "memory", "ru_maxrss"}  # of machine.jsonl; see tests/nano/test_options.py
+    other = {"max", *logged, *nano.METHODS}  # a tie rule, the phases, the methods
+    other |= {"memory"}  # on a GPU
     assert mentioned - other <= known
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""Code of docs/models.md that tests/nano/test_models.py does not run: search among items alone, and the large model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_commands import SMALL, model, shop
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nanoadagrpo as nano
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+RECOMMEND, OWN, PUT_BACK = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a policy was made of a model with a start token."""
+    folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shop(folder / "shop"), model(folder / "model", "<a_0>", bos_token="saw")
+        torch.set_num_threads(1)
+        nano.main(shlex.split("--data shop --model model --out runs/mine --sft-lr 1e-2") + SMALL)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def play(block, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(block, names := {})
+    return names
+
+
+def test_the_search_among_items_finds_the_likeliest_items(folder, monkeypatch):
+    names = play(RECOMMEND, folder, monkeypatch)
+    items = [names["tokenizer"].convert_tokens_to_ids(sid) for sid in names["sids"].values()]
+    prompt = names["prompt"].input_ids.expand(len(items), -1)
+    whole = torch.cat([prompt, torch.tensor(items)], 1)
+    with torch.no_grad():
+        logp = names["model"](whole).logits[:, -4:-1].log_softmax(-1)
+    likely = logp.gather(-1, torch.tensor(items)[..., None]).sum((1, 2)).argsort(descending=True)
+    found = names["valid"][:, -3:].tolist()
+    assert all(sid in items for sid in found) and len({*map(tuple, found)}) == 5
+    assert items[likely[0]] in found, "beams may miss what begins unlikely, hardly the best"
+
+
+@torch.no_grad()
+def test_with_its_rows_put_back_the_large_model_says_what_the_policy_says(folder, monkeypatch):
+    names = play(PUT_BACK, folder, monkeypatch)
+    large, tokenizer = AutoModelForCausalLM.from_pretrained("large"), AutoTokenizer.from_pretrained("large")
+    policy, rows = names["policy"], torch.tensor(names["rows"])
+    assert (tokenizer.convert_ids_to_tokens(rows) ==
+            ["saw" if word == "<start>" else word for word in names["own"].convert_ids_to_tokens(range(len(rows)))])
+    tokens = torch.randint(len(rows), (5, 12), generator=torch.Generator().manual_seed(0))
+    ours, theirs = policy(tokens).logits.log_softmax(-1), large(rows[tokens]).logits[..., rows].log_softmax(-1)
+    assert ours.std() > 0.01 and (ours - theirs).abs().max() < 1e-5
+    before, after = (load_file(f"{name}/model.safetensors")["transformer.wte.weight"] for name in ("model", "large"))
+    assert len(after) == len(before) + len(rows) - 2, "<a_0> and the start token have their rows already"
+    text = [row for row in range(len(before)) if row not in names["rows"]]
+    assert text and torch.equal(before[text], after[text])
