@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: MIT
 """nanoadagrpo: AdaGRPO (arXiv 2606.08480) end to end, in one file to be read from top to bottom.
 
-A generative recommender is a language model that writes the next item as a Semantic ID: L tokens, from coarse to
-fine. Reinforcement learning can teach it what a ranker knows, but the ranker, trained on what was shown and clicked,
-is wrong in places and does not say where. AdaGRPO asks before it listens: every sample is supervised; the policy
-gradient is added only for a sample that the policy finds difficult (D) and whose truth the ranker picks out (R).
+A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
+coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
+was shown and clicked is wrong in places, and does not say where. AdaGRPO supervises every sample, and adds
+the policy gradient only where the policy finds a sample difficult (D) and the ranker can tell its truth (R).
 
-    python nanoadagrpo.py --toy                       # a made-up shop, one method, under a minute on a laptop
-    python nanoadagrpo.py --toy --method all          # every method from the same start, side by side
-    python nanoadagrpo.py --data DIR                  # your data: MiniOneRec's layout or JSONL (docs/data.md)
-    python nanoadagrpo.py --data DIR --model MODEL    # from a Hugging Face model on; resuming, GPUs: docs/models.md
+    python nanoadagrpo.py --toy                     # a made-up shop, one method, under a minute on a laptop
+    python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
+    python nanoadagrpo.py --data DIR                # your data: MiniOneRec's layout or JSONL (docs/data.md)
+    python nanoadagrpo.py --data DIR --model MODEL  # start from a Hugging Face model (docs/models.md)
 
-The mathematics is imported from `adagrpo_core`; nothing of it is written twice. Reading order: 1 settings,
-2 catalogue and data, 3 the toy world, 4 the ranker, 5 the policy and its tree of tokens, 6 the step, 7 evaluation,
-8 the command line. In a hurry, read `grow` (5) and `train_rl` (6).
+The formulas are imported from `adagrpo_core`, where each is written once. Part I is the method. Part II is
+the shop: data, a toy world, the ranker, pretrained models. Part III is the workshop: processes, optimizer,
+checkpoints, report, command line.
 
 Where this differs from the paper, or the paper is silent:
- 1. The paper's data, ranker and language model are proprietary: here a toy world, or public data, stand in.
- 2. lambda, epsilon and the learning rate are not given, K and M not legible in the text we had: the defaults are ours,
-    chosen on seeds 0-9 of the toy.
- 3. Rollouts are sampled from the policy being trained, one update per rollout, so the ratio of eq. 4 starts at 1.
+ 1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
+ 2. lambda, epsilon and the learning rate are not given, K and M not legible in the text we had: the defaults
+    are ours, chosen on seeds 0-9 of the toy.
+ 3. Rollouts are sampled from the policy being trained, one update per rollout: the ratio of eq. 4 is 1.
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
- 4. The softmax runs over the catalogue's SID tokens only, all levels together: in training, sampling and evaluation.
-    A token of the wrong level, or a combination that no item has, is a hallucination. Nothing is constrained.
- 5. A hallucination cannot be scored by the ranker. It gets a fixed reward, `--floor`. A negative that is none gets it
-    too, and so counts as suppressed without asking the ranker anything.
+ 4. The vocabulary is cut to the catalogue's SID tokens and one or two special tokens, and the softmax runs
+    over all of these, always. Nothing is constrained: a token of the wrong level, a special token, or a
+    combination that no item has, is a hallucination.
+ 5. The ranker cannot score a hallucination, so it gets a fixed reward, `--floor`. So does a negative that is
+    one, and thereby it counts as suppressed.
  6. Rollouts that repeat each other or the truth stay in the pools, and ties share the better rank.
- 7. HR counts places among the valid beams only, as a server would, having dropped the others. ClkRwd@k and OrdRwd@k
-    are the best score within the first k, since the paper's values grow with k as a mean would not.
- 8. Pure GRPO (no NLL) takes `--grpo-lr`: Adam undoes the scale of a loss, so what lambda tempers elsewhere, only the
-    learning rate can temper here.
- 9. Two controls are added: NLL alone, continued (`nll`), and a gate that admits as many samples of each batch as
-    AdaGRPO would, at random (`random-gate`).
+ 7. HR counts places among the valid beams only, as a server would, having dropped the others. ClkRwd@k and
+    OrdRwd@k are the best score within the first k: the paper's values grow with k as a mean would not.
+ 8. Pure GRPO (no NLL) has a learning rate of its own, `--grpo-lr`: there lambda scales the whole loss, and
+    Adam undoes that.
+ 9. Two controls are added: NLL alone, continued (`nll`), and a gate that admits as many samples of each batch
+    as AdaGRPO would, at random (`random-gate`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import importlib
+import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -51,8 +53,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,264 +67,488 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import adagrpo_core as core
 
-# Shape letters, everywhere: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a
-# history, T tokens of a prompt, n branches of a tree, S SID tokens of all levels, N items. An item is a row of the
-# catalogue; -1 is no item: padding on the left of a history, a hallucination among rollouts and beams.
+# == Part I: the method ======================================================================================
+# Shape letters, everywhere: B prompts, K rollouts per prompt, M negatives, L tokens of a Semantic ID, H items
+# of a history, T tokens of a prompt, n branches of a tree, S SID tokens of all levels, V words of the policy,
+# N items. An item is a row of the catalogue; -1 is none: padding left of a history, or a hallucination.
 
 
-# == 1. Settings ======================================================================================================
-
-
-def option(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help, low=0, high=None, known=""):
+    high = high or (10**6 if isinstance(default, int) else 1e38)
+    metadata = dict(help=help, range=(low, high), known=known.split())
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
     toy: bool = option(False, "train in a made-up shop: no data needed")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
-    model: str = option("", "causal language model to start from, hub name or folder (default: a tiny new one)")
+    model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
     method: str = option("adagrpo", "one of the methods above, several with commas between them, or all")
-    seed: int = option(0, "decides everything random; equal seeds give equal numbers on a CPU")
+    seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
     out: str = option("", "folder for the results, must not exist yet (default: a new one under runs/)")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "tensorboard, wandb or trackio, beside metrics.jsonl")
+    log_to: str = option("", "tensorboard, wandb or trackio, beside metrics.jsonl",
+                         known="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
-    dtype: str = option("auto", "of products: float32, bfloat16, or auto: bfloat16 for --model on a GPU that has it")
-    sft_steps: int = option(400, "supervised steps that make the base policy")
-    sft_batch_size: int = option(128, "prompts per supervised step")
+    dtype: str = option("auto", "of matrix products; auto: bfloat16 for --model on a GPU, else float32",
+                        known="auto float32 bfloat16")
+    sft_steps: int = option(400, "supervised steps that make the base policy; 0: --model is it", high=10**9)
+    sft_batch_size: int = option(128, "prompts per supervised step", 1)
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
-    sft_eval_every: int = option(0, "supervised steps between two points of their validation curve; 0: none")
-    rl_steps: int = option(200, "steps of --method, each on a fresh batch of rollouts")
-    batch_size: int = option(64, "B, prompts per step of --method, of all processes together")
-    micro_batch_size: int = option(0, "prompts that one process runs at once; saves memory, changes no loss; 0: all")
+    rl_steps: int = option(200, "steps of --method, each on fresh rollouts; 0: only evaluate", high=10**9)
+    batch_size: int = option(64, "B, prompts per step of --method, of all processes together", 1)
+    micro_batch_size: int = option(0, "prompts that a process runs at once; saves memory, same loss; 0: all")
     group_size: int = option(16, "K, rollouts per prompt")
-    reward: str = option("", "package.module:function to use as reward instead of the ranker (docs/models.md)")
-    negatives: int = option(1, "M, negatives per prompt that the ranker must put at the bottom")
-    negatives_from: str = option("rollouts", "rollouts (of other prompts), catalogue, or package.module:function")
+    reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
+    negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
-    tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it (by reward) prominent")
-    rho: float = option(0.3, "bottom fraction of K in which the ranker must put every negative; the paper has 0.1")
+    tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it prominent")
+    rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
-    updates: int = option(1, "optimizer steps per batch of rollouts")
+    updates: int = option(1, "optimizer steps per batch of rollouts", 1)
     lr: float = option(2e-3, "peak learning rate of --method; for --model rather 3e-5")
-    grpo_lr: float = option(5e-5, "the same for pure GRPO, which no NLL holds")
-    floor: float = option(0.0, "reward of a rollout that is no item; the ranker's rewards lie in 0..2")
-    rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are")
-    max_history: int = option(10, "items of a history that the policy sees, the most recent ones")
-    bait: float = option(1.0, "toy: how far clicks in the baited contexts follow bait instead of taste, 0..1")
-    beam_width: int = option(50, "W, beams per prompt in evaluation")
-    eval_prompts: int = option(4000, "test prompts at the end; a quarter as many validation prompts along the way")
-    eval_every: int = option(50, "steps between two points of the training curve")
-    eval_batch_size: int = option(250, "prompts that are evaluated at once")
+    grpo_lr: float = option(5e-5, "the same for pure GRPO, which has no NLL")
+    floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
+    rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are", high=10**9)
+    max_history: int = option(10, "items of a history that the policy sees, the most recent ones", 1)
+    bait: float = option(1.0, "toy: how far clicks in baited contexts follow bait, not taste; 0..1", high=1)
+    beam_width: int = option(50, "W, beams per prompt in evaluation", 1)
+    eval_prompts: int = option(4000, "test prompts at the end; a quarter as many for validation", 1, 10**9)
+    eval_every: int = option(50, "steps between two points of the training curve", 1)
+    eval_batch_size: int = option(250, "prompts that are evaluated at once", 1)
 
     def __post_init__(self):
-        at_least_1 = {"sft_steps", "sft_batch_size", "rl_steps", "batch_size", "updates", "max_history", "beam_width",
-                      "eval_prompts", "eval_every", "eval_batch_size"}
-        for field in dataclasses.fields(self):
-            value, low = getattr(self, field.name), 1 if field.name in at_least_1 else 0
-            if type(field.default) in (int, float) and field.name != "floor" and not low <= value < float("inf"):
-                raise BadInput(f"--{dashed(field.name)} {value}: must be a finite number, {low} or more")
-        if self.seed >= 2**63:
-            raise BadInput(f"--seed {self.seed}: too large; use a number below 2**63")
-        if not (self.bait <= 1 and abs(self.floor) < float("inf")):
-            raise BadInput(f"--bait {self.bait} --floor {self.floor}: bait lies between 0 and 1, floor is finite")
-        if len(set(names := methods(self))) < len(names):
-            raise BadInput(f"--method {self.method}: names a method twice; leave one out")
-        for name, value, known in [*(("method", one, [*METHODS, "all"]) for one in names),
-                                   ("dtype", self.dtype, ["auto", "float32", "bfloat16"]),
-                                   ("log_to", self.log_to, ["", "tensorboard", "wandb", "trackio"])]:
-            if value not in known:
-                hint = difflib.get_close_matches(value, known, 1)
-                raise BadInput(f"--{dashed(name)} {value}: " + (f"did you mean {hint[0]}? " if hint else "")
-                               + f"Choose from {', '.join(filter(None, known))}")
-        if self.batch_size == 1 and names != ["nll"] and self.negatives_from == "rollouts":
-            raise BadInput("--batch-size 1: negatives come from the other prompts of a batch; use 2 or more")
-        if self.group_size == 1 and names != ["nll"]:
-            raise BadInput("--group-size 1: a rollout is judged by the others of its group; use 3 or more")
-        # The core knows which tau, rho, epsilon, K and M cannot work; ask it now instead of after the supervised steps.
-        B, K, M = self.batch_size, self.group_size, self.negatives
-        try:
-            if names != ["nll"]:
-                core.group_advantages(np.zeros((1, K)))
-                core.reliability(np.zeros(1), np.zeros((1, K)), np.zeros((1, M)), tau=self.tau, rho=self.rho)
-                if self.negatives_from == "rollouts":
-                    core.in_batch_negatives(np.zeros((B, B * K)), k=K, m=M)
-                core.grpo_loss(np.zeros((1, 1, 1)), np.zeros((1, 1, 1)), np.zeros((1, 1)), epsilon=self.epsilon)
-        except ValueError as error:
-            raise BadInput(f"--tau {self.tau:g} --rho {self.rho:g} --epsilon {self.epsilon:g} --group-size {K} "
-                           f"--negatives {M}: {error}") from None
+        check_settings(self)
 
 
-class BadInput(ValueError):
-    """Something the user gave cannot work; the message is one line that says what, where and how to mend it."""
+# -- the policy: a prompt is run once, and a tree of Semantic IDs grows on its KV cache ----------------------
 
 
-def methods(cfg):
-    """Their names, in the order in which they are run; each starts from the same base."""
-    names = cfg.method.split(",")
-    return list(METHODS) if "all" in names else names
+class PromptCache(NamedTuple):
+    """Prompts that were run once; every tree below starts from here."""
+
+    layers: list  # the KV cache: per layer, keys and values (B, heads, T, width)
+    mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
+    logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token
+
+    def rows(self, index):
+        return PromptCache([(k[index], v[index]) for k, v in self.layers], self.mask[index], self.logp[index])
 
 
-def dashed(name):
-    return name.replace("_", "-")
+class Policy:
+    """A Hugging Face causal language model that speaks Semantic IDs and nothing else.
+
+    Its vocabulary, cut in Part II, is the S SID tokens of all levels, numbered as in the catalogue; then the
+    query token, which ends every prompt; then the start token, which begins it, if the model is used to one.
+    """
+
+    def __init__(self, model, catalogue, cfg, tokenizer=None):
+        self.model = model.to(cfg.device).eval()  # also in training: with dropout, two passes would disagree
+        self.catalogue, self.tokenizer = catalogue, tokenizer
+        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id
+        accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the cache
+        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+        on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
+
+    def forward(self, tokens, attention_mask, positions, layers=None, keep=0):
+        """Run n new tokens (B, n); row i of attention_mask (B, n, cached + n) says what token i may see.
+
+        Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens if given,
+        and the KV cache, longer by n. Every pass goes through here, and through the model's own forward.
+        """
+        # Autocast lowers the products only: in bfloat16 weights, small steps would be rounded away.
+        dtype = torch.bfloat16 if self.bf16 else self.model.dtype
+        # The mask is added to the attention scores. It is finite, also in float32, where the softmax may run:
+        # a padding row sees nothing at all, and a softmax over -inf alone would be NaN.
+        blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=tokens.device)
+        mask = mask.masked_fill(~attention_mask, blocked)[:, None]
+        cache = DynamicCache(layers)  # shares the tensors, so that one prompt can be continued many times
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
+                                logits_to_keep=keep, **{self.cache_name: cache}).logits
+        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return logp, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def save(self, folder):
+        """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def prefill(policy, history, target=None):
+    """Run (B, H) histories once -> PromptCache.
+
+    Behind each prompt, SID tokens `target` (B, l) are run as well, if given. Then the cache is longer by l,
+    and logp (B, 1 + l, V) tells what comes after the prompt and after each of them.
+    """
+    history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
+    tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
+    mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
+    tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)  # (B, T)
+    if policy.start is not None:
+        tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
+    keep = 1
+    if target is not None:
+        keep += target.shape[1]
+        tokens, mask = torch.cat([tokens, target], 1), F.pad(mask, (0, keep - 1), value=True)
+    causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+    logp, layers = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
+    return PromptCache(layers, mask, logp)
 
 
-def stream(seed, purpose, device="cpu"):
-    """A generator of its own for each purpose: drawing more in one place changes nothing anywhere else."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
+def prefill_with_target(policy, batch):
+    """PromptCache, and the true item's log-probabilities (B, L), which carry gradient.
+
+    One pass over prompt and truth gives both: with causal attention the truth changes nothing before it, so
+    it is cut off the cache again. Its last token is left out, since nothing has to be predicted after it.
+    """
+    target = policy.catalogue.tokens[batch.target]  # (B, L)
+    layers, mask, logp = prefill(policy, batch.history, target[:, :-1])
+    T = mask.shape[1] - target.shape[1] + 1
+    prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in layers], mask[:, :T], logp[:, :1])
+    return prompt, logp.gather(-1, target[..., None])[..., 0]
 
 
-class Learner:
-    """AdamW, a linear decay to 2 %, gradients clipped to norm 1; `shared` adds up the gradients of all processes."""
-
-    def __init__(self, module, lr, steps, shared=True):
-        self.parameters, self.shared = list(module.parameters()), shared and dist.is_initialized()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.02, max(1, steps))
-
-    def step(self):
-        """One step down what was run backward; returns the gradient's norm before clipping and the learning rate."""
-        lr = self.schedule.get_last_lr()[0]
-        if self.shared:
-            for parameter in self.parameters:  # every process needs the same ones, used in its share or not
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
-        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, lr
+# A tree grows level by level. At each, select(prefix, logp, total) is shown the tokens of m branches so far
+# (B, m, level), what may follow each of them (B, m, V), and how likely they are (B, m). It answers, for each
+# of n new branches, which old one it continues and by which token: two integer tensors (B, n).
 
 
-def batches(n, size, steps, generator):
-    """(steps, size) row numbers: all n in random order, and again, until there are enough."""
-    need = steps * size
-    rounds = [torch.randperm(n, generator=generator) for _ in range(-(-need // n))]
-    return torch.cat(rounds)[:need].view(steps, size)
+def same_parent(prefix, n):
+    """Each of n branches continues itself; at the first level all of them continue the prompt."""
+    return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
 
 
-def progress(steps, name, total=None):
-    return tqdm(steps, name, total, leave=False, mininterval=0.5, dynamic_ncols=True, disable=rank() > 0 or None)
+def teacher_forcing(tokens):
+    """Follow these Semantic IDs (B, n, L)."""
+    return lambda prefix, logp, total: (same_parent(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
-# Several processes (torchrun) all draw the numbers of the whole batch and keep their own rows. What they then gather is
-# the batch that one process would have: gate, negatives and metrics are of all of it. Only the first one writes.
+def sample(points):
+    """n independent samples, decided by random points in [0, 1), (L, B, n).
+
+    Laid end to end, the probabilities of all tokens fill the way from 0 to 1: the token is taken on which the
+    point lies. Points are drawn for a whole batch at once, so that a part of it samples what the whole would.
+    """
+
+    def select(prefix, logp, total):
+        ends = logp.detach().float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
+        n = points.shape[-1]
+        point = points[prefix.shape[-1]].view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m)
+        token = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
+        return same_parent(prefix, n), token.view(-1, n)
+
+    return select
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+def beam(width):
+    """Beam search: the most likely continuations of all branches together."""
+
+    def select(prefix, logp, total):
+        score = (total[..., None] + logp).flatten(1)  # (B, m * V)
+        best = score.topk(min(width, score.shape[1])).indices
+        return best // logp.shape[-1], best % logp.shape[-1]
+
+    return select
 
 
-def shares(B, size):
-    """Slices of the batch's B rows that this process runs, `size` rows at a time; size 0: all its rows at once."""
-    mine = B // (dist.get_world_size() if dist.is_initialized() else 1)
-    start, stop, size = rank() * mine, (rank() + 1) * mine, size or mine
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+def tree_decode(policy, prompt, select):
+    """Grow a tree on each prompt; sampling, beam search and teacher forcing differ in `select` alone.
+
+    Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), which carry gradient.
+
+    The n branches of a level are run as ONE sequence of n tokens, under an attention mask that shows each of
+    them the prompt, its ancestors and itself. So the prompt is never repeated, and when a beam changes its
+    parent, the mask is reordered and not the cache.
+    """
+    layers, logp = prompt.layers, prompt.logp  # (B, 1, V): the only branch is the prompt
+    B, T = prompt.mask.shape
+    tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
+    ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch descends from
+    for level in range(policy.catalogue.L):
+        if level:  # run the last token of each branch; what follows the prompt is known
+            n = tokens.shape[1]
+            itself = torch.eye(n, dtype=torch.bool, device=tokens.device).expand(B, n, n)
+            ancestor_mask = torch.cat([ancestor_mask, itself], -1)
+            attention_mask = torch.cat([prompt.mask[:, None].expand(B, n, T), ancestor_mask], -1)
+            positions = (prompt.mask.sum(1, keepdim=True) + level - 1).expand(B, n)
+            logp, layers = policy.forward(tokens[..., -1], attention_mask, positions, layers)
+        parent, token = select(tokens, logp, token_logp.sum(-1))
+        chosen = logp[torch.arange(B, device=parent.device)[:, None], parent, token][..., None]
+        tokens = torch.cat([gather_parents(tokens, parent), token[..., None]], -1)
+        token_logp = torch.cat([gather_parents(token_logp, parent), chosen], -1)
+        ancestor_mask = gather_parents(ancestor_mask, parent)
+    return tokens, token_logp
 
 
-def gather(pieces):
-    """The rows of this process, in pieces -> those of the whole batch."""
-    mine = torch.cat(pieces)
-    if not dist.is_initialized():
-        return mine
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine.contiguous())
-    return torch.cat(everyone)
+def gather_parents(x, parent):
+    """(B, m, ...) of the old branches -> (B, n, ...) of the new ones."""
+    return x.gather(1, parent[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def plugin(flag, name):
-    """package.module:function -> the function; modules in the current folder are found too."""
-    module, _, function = name.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--{flag} {name}: {error}; expected package.module:function, as Python imports it") from None
-    finally:
-        sys.path.remove(os.getcwd())
+def sequence_logp(policy, prompt, tokens):
+    """(B, n, L) log-probabilities of these Semantic IDs, with gradient: what teacher forcing in a tree gives.
+
+    Known tokens need not wait for each other: all levels are run as one sequence of n * (L - 1) tokens.
+    """
+    B, n, L = tokens.shape
+    first = prompt.logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
+    if L == 1:
+        return first
+    depth = L - 1  # the last token predicts nothing
+    ancestor_mask = torch.block_diag(*[prompt.mask.new_ones(depth, depth).tril()] * n).expand(B, -1, -1)
+    attention_mask = torch.cat([prompt.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
+    positions = prompt.mask.sum(1, keepdim=True) + torch.arange(depth, device=tokens.device).repeat(n)
+    logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, prompt.layers)
+    others = logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:][..., None])[..., 0]
+    return torch.cat([first, others], -1)
 
 
-# == 2. The catalogue and the data ====================================================================================
+# -- the step: roll out, score, judge, learn -----------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    supervised: bool  # is the NLL part of the loss?
+    admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets GRPO; None: no rollouts
+
+
+def admit_all(difficult, reliable, batch, generator):
+    return torch.ones_like(difficult)
+
+
+def random_gate(difficult, reliable, batch, generator):
+    """As many as AdaGRPO would admit of this batch, chosen at random."""
+    admitted = core.sample_clip(difficult, reliable)
+    return admitted[torch.randperm(len(admitted), generator=generator, device=admitted.device)]
+
+
+METHODS = {
+    "nll": Method(True, None),  # the control that the paper lacks
+    "grpo": Method(False, admit_all),
+    "grpo+nll": Method(True, admit_all),
+    "adagrpo-d": Method(True, lambda difficult, reliable, *_: difficult),
+    "adagrpo-r": Method(True, lambda difficult, reliable, *_: reliable),
+    "adagrpo": Method(True, lambda difficult, reliable, *_: core.sample_clip(difficult, reliable)),
+    "random-gate": Method(True, random_gate),
+}
+
+
+def rollout(policy, batch, parts, K, generator):
+    """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
+
+    Returns their tokens and log-probabilities (B, K, L), those of the truth (B, L), and the prefill
+    with its graph, so that the update need not run the prompts again. Of several micro-batches no graph is
+    kept, since to save that memory is what they are for.
+    """
+    B, L = len(batch.target), policy.catalogue.L
+    points = torch.rand(L, B, K, generator=generator, device=batch.target.device)
+    pieces, keep_graph = [], len(parts) == 1
+    for part in parts:
+        with torch.set_grad_enabled(keep_graph):
+            prompt, target_logp = prefill_with_target(policy, batch.rows(part))
+        with torch.no_grad():  # most rollouts are not admitted; those that are get a graph when all is judged
+            pieces.append((*tree_decode(policy, prompt, sample(points[:, part])), target_logp.detach()))
+    return *map(gather, zip(*pieces, strict=True)), [(prompt, target_logp)] if keep_graph else []
+
+
+def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_step=lambda *_: None):
+    """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
+
+    begin(optimizer, generators) says at which step to begin, having restored both if a checkpoint has them;
+    on_step(step, optimizer, generators) is called after each step, to evaluate and to save.
+    """
+    method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
+    lr = cfg.lr if method.supervised else cfg.grpo_lr
+    optimizer = Optimizer(policy.model, lr, cfg.rl_steps * cfg.updates)
+    uses = "rollouts", "negatives", "random gate"
+    generators = {use: make_generator(cfg.seed, use, cfg.device) for use in uses}
+    # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
+    order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, "order")).to(cfg.device)
+    parts = local_micro_batches(B, cfg.micro_batch_size)  # slices of a batch: what a process runs at once
+
+    for step in progress(range(begin(optimizer, generators), cfg.rl_steps), name):
+        batch, prefills, admitted_rows = prompts.rows(order[step]), [], [[]] * len(parts)
+        watched, stats = {}, {}
+        if method.admit:
+            # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
+            rolled_out = rollout(policy, batch, parts, K, generators["rollouts"])
+            rollouts, old_logp, target_logp, prefills = rolled_out
+            items = policy.catalogue.item(rollouts)  # (B, K)
+
+            # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
+            keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
+            negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
+            pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
+            scored, stats = reward_of(reward, batch.history, pool, parts)
+            rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
+
+            # -- judge: is it difficult for the policy (eq. 7), can the ranker tell (eq. 9)? -----------------
+            target_mean = -core.nll_loss(target_logp)  # (B,)
+            # A rollout that repeats the truth is as likely as the truth, but two passes round differently.
+            rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
+                                       core.length_normalized(old_logp))  # (B, K)
+            difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
+            reliable = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
+            admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
+            advantages = core.group_advantages(rewards)  # (B, K), eq. 3
+            admitted_rows = rows_of(admitted, parts)  # here the host waits for the GPU, to know who they are
+            stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
+            watched = stats | {"reward of an item": scored}
+
+        # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
+        for _ in range(cfg.updates):
+            terms = []
+            for part, rows in zip(parts, admitted_rows, strict=True):
+                prefilled = prefills.pop() if prefills else prefill_with_target(policy, batch.rows(part))
+                prompt, target_logp = prefilled
+                nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
+                grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
+                loss = nll.sum() / B if method.supervised else 0.0
+                if len(rows):  # only they need a graph through their rollouts: with adagrpo, one in ten
+                    here, old = rows - part.start, old_logp[rows]
+                    prompt = prompt if len(rows) == len(nll) else prompt.rows(here)
+                    logp = sequence_logp(policy, prompt, rollouts[rows])
+                    surrogate = core.grpo_loss(logp, old, advantages[rows], epsilon=cfg.epsilon)  # eq. 4
+                    loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
+                    grpo[here], ratio[here] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
+                if torch.is_tensor(loss):
+                    loss.backward()
+                terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
+            nll, grpo, ratio = gather(terms).unbind(1)  # (B,) each, of the whole batch
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", nll=nll, grpo=grpo, **watched)
+
+        if method.admit:
+            mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
+            stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
+        log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
+        on_step(step + 1, optimizer, generators)
+
+
+def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
+    """What to look at when training goes wrong; docs/metrics.md defines each."""
+    lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
+    prominent = core.reliability(target_reward, rewards, lowest, tau=cfg.tau, rho=cfg.rho)
+    same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
+    shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
+                  not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
+                  zero_spread=(rewards == rewards[:, :1]).all(1), duplicate_rollouts=same.tril(-1).any(-1))
+    return dict(reward=rewards.mean(), reward_spread=rewards.std(1).mean(),
+                **{name: which.float().mean() for name, which in shares.items()})
+
+
+# -- supervised training, which makes the base policy, and evaluation ----------------------------------------
+
+
+def train_sft(policy, prompts, cfg, log, begin=lambda *_: 0, on_step=lambda *_: None):
+    """Minimise the mean NLL of the next item (eq. 2), nothing else. `begin`, `on_step`: see `train_rl`."""
+    B = cfg.sft_batch_size
+    optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
+    order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
+    for step in progress(range(begin(optimizer, {}), cfg.sft_steps), "sft"):
+        batch, terms = prompts.rows(order[step]), []
+        for part in local_micro_batches(B, cfg.micro_batch_size):
+            nll = core.nll_loss(prefill_with_target(policy, batch.rows(part))[1])
+            (nll.sum() / B).backward()
+            terms.append(nll.detach())
+        nll = gather(terms)
+        norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
+        log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
+        on_step(step + 1, optimizer, {})
+
+
+@torch.no_grad()
+def evaluate(policy, ranker, prompts, cfg):
+    """Beam search on every prompt. Returns the metrics, and for each prompt what they are the means of."""
+    parts, generator = [], make_generator(cfg.seed, "evaluation", cfg.device)
+    cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
+    everyone = torch.arange(len(prompts.target), device=cfg.device)
+    for rows in progress(everyone.split(cfg.eval_batch_size), "evaluate"):
+        part = prompts.rows(rows)
+        prompt = prefill(policy, part.history)
+        beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width))
+        if not logp.isfinite().all():
+            raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
+        points = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
+        samples, _ = tree_decode(policy, prompt, sample(points))
+        item = policy.catalogue.item(beams)  # (B, W), most likely first
+        valid, hit = item >= 0, item == part.target[:, None]
+        place = valid.cumsum(1)  # among the valid beams, from 1
+        rank = torch.where(hit.any(1), place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0], 10**9)
+        each = {f"hr@{k}": rank <= k for k in cutoffs}
+        if 10 in cutoffs:
+            each["ndcg@10"] = torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0)
+        for head, p in ranker.probabilities(part.history, item).items():
+            each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
+        each["hallucination"] = 1 - valid.float().mean(1)
+        each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
+        parts.append({k: v.float() for k, v in each.items()} | {"rank": rank, "item": item})
+    each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item")}, each
+
+
+# == Part II: the shop =======================================================================================
+# At first reading, stop here: what follows is needed by the method, but is not the method.
 
 
 class Catalogue:
-    """Which items there are, and what each is called: `tokens` (N, L), numbered over all levels from 0 to S - 1."""
+    """The items and their Semantic IDs, `tokens` (N, L), numbered over all levels from 0 to S - 1."""
 
     def __init__(self, sids, device="cpu"):
-        self.L = len(sids[0])
-        vocabulary = [sorted({sid[level] for sid in sids}) for level in range(self.L)]
-        starts = np.cumsum([0] + [len(codes) for codes in vocabulary])
-        number = [{code: start + i for i, code in enumerate(codes)}
-                  for start, codes in zip(starts, vocabulary, strict=False)]
-        tokens = np.array([[number[level][code] for level, code in enumerate(sid)] for sid in sids])
-        self.N, self.S = len(sids), int(starts[-1])
         self.row = {sid: i for i, sid in enumerate(sids)}
-        # How a language model spells the S tokens: as MiniOneRec does, so that a model of theirs finds its own words.
-        codes = [str(code) for level in vocabulary for code in level]
-        spelt = [f"<{chr(97 + level)}_{code}>" for level, codes in enumerate(vocabulary) for code in codes]
-        self.words = codes if len({c for c in codes if re.fullmatch(r"<\S+>", c)}) == self.S else spelt
-        # Validity is looked up in sorted arrays, not in Python sets: per level, the pairs of node (a prefix) and token
-        # that lead on. The next node is a pair's place. 8 bytes per prefix; a dense table would take 8 S.
-        node, self.ways = np.zeros(self.N, int), []
-        for level in range(self.L):
-            ways, node = np.unique(node * self.S + tokens[:, level], return_inverse=True)
-            self.ways.append(torch.as_tensor(ways, device=device))
-        item_at = np.zeros(len(ways), int)
-        item_at[node] = np.arange(self.N)
-        self.tokens, self.item_at = (torch.as_tensor(x, device=device) for x in (tokens, item_at))
+        codes = [(i, code) for i, level in enumerate(zip(*sids, strict=True)) for code in sorted(set(level))]
+        number = {pair: token for token, pair in enumerate(codes)}
+        tokens = np.array([[number[pair] for pair in enumerate(sid)] for sid in sids])
+        (self.N, self.L), self.S = tokens.shape, len(codes)
+        # Spelt as MiniOneRec does, so that a model of theirs finds the words it knows.
+        words = [str(code) for _, code in codes]
+        ready = len({word for word in words if re.fullmatch(r"<[^<>\s]+>", word)}) == self.S
+        self.words = words if ready else [f"<{chr(97 + i)}_{code}>" for i, code in codes]
+        # Per level, the sorted pairs node * S + token of a node (a prefix that exists) and a token that
+        # continues it. A pair's place is the node's number at the next level.
+        node, self.pairs = np.zeros(self.N, int), []
+        for column in tokens.T:
+            pairs, node = np.unique(node * self.S + column, return_inverse=True)
+            self.pairs.append(torch.as_tensor(pairs, device=device))
+        self.tokens, self.item_at = (torch.as_tensor(x, device=device) for x in (tokens, np.argsort(node)))
 
     def item(self, tokens):
-        """(..., L) SID tokens -> (...) item, -1 where no item has that Semantic ID."""
+        """(..., L) words of the policy -> (...) items, -1 where none has that Semantic ID."""
         node = torch.zeros_like(tokens[..., 0])
-        for level, ways in enumerate(self.ways):
-            way = node * self.S + tokens[..., level]
-            place = torch.searchsorted(ways, way).clamp(max=len(ways) - 1)
-            node = torch.where(ways[place] == way, place, -1)  # a pair of no node is none
-        return torch.where(node >= 0, self.item_at[node], -1)
+        for level, pairs in enumerate(self.pairs):  # leads to the right item if there is one, else to any
+            node = torch.searchsorted(pairs, node * self.S + tokens[..., level]).clamp(max=len(pairs) - 1)
+        item = self.item_at[node]
+        return torch.where((self.tokens[item] == tokens).all(-1), item, -1)
 
 
 class Prompts(NamedTuple):
-    """What was bought before, and what next. The target travels in its row: equal histories may end differently."""
-
     history: torch.Tensor  # (n, H) items, oldest first, -1 on the left where there are fewer
-    target: torch.Tensor  # (n,) item
-    user: torch.Tensor  # (n,) who, for the toy world's own bookkeeping
+    target: torch.Tensor  # (n,) the item that was bought next
+    user: torch.Tensor  # (n,) number of the user, or of the row
 
     def rows(self, index):
         return Prompts(*(column[index] for column in self))
 
 
-class Log(NamedTuple):
-    """What the ranker learns from: per context, a list of items that were shown, and what became of them."""
-
+class ImpressionLog(NamedTuple):
     history: torch.Tensor  # (n, H)
-    item: torch.Tensor  # (n, I)
+    item: torch.Tensor  # (n, I) what was shown
     click: torch.Tensor  # (n, I) boolean
-    order: torch.Tensor | None  # (n, I) boolean, only where clicked; None where nobody recorded orders
+    order: torch.Tensor | None  # (n, I) boolean, only where clicked; None if orders were not recorded
 
 
 class Data(NamedTuple):
@@ -329,143 +557,118 @@ class Data(NamedTuple):
     rl: Prompts
     valid: Prompts
     test: Prompts
-    log: Log
+    log: ImpressionLog
     world: dict | None  # the toy's truth, which no learner may see
 
 
+LAYOUTS = {  # catalogue file -> ending of the files beside it, and what a row looks like
+    "index.json": (".csv", "a history_item_sid like ['<a_1>...', ...] and an item_sid like <a_5><b_0><c_1>"),
+    "catalogue.json": (".jsonl", '{"history": [[12, 3, 4], ...], "target": [5, 0, 1]}')}
+
+
 def load_data(folder, cfg):
-    """Read MiniOneRec's layout (index.json and csv files) or catalogue.json and jsonl files; see docs/data.md."""
-    folder = Path(folder)
-    layouts = {"index.json": "csv", "catalogue.json": "jsonl"}
-    found = [name for name in layouts if (folder / name).is_file()]
-    if not found:
-        raise BadInput(f"{folder}: holds neither index.json (MiniOneRec) nor catalogue.json (JSONL); see docs/data.md")
-    ending = layouts[found[0]]
-    sids = read_catalogue(folder / found[0])
-    catalogue = Catalogue(sids, cfg.device)
-    split = {}
+    """Read MiniOneRec's layout or JSONL, see docs/data.md."""
+    source = next((name for name in LAYOUTS if Path(folder, name).is_file()), None)
+    if not source:
+        raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md")
+    catalogue, splits = Catalogue(read_catalogue(Path(folder, source)), cfg.device), []
     for name in ("train", "valid", "test"):
-        path = folder / f"{name}.{ending}"
-        if not path.is_file():
-            raise BadInput(f"{path}: no such file; {found[0]} calls for train.{ending}, valid.{ending}, test.{ending}")
-        try:
-            rows = list((read_csv if ending == "csv" else read_jsonl)(path))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise BadInput(f"{path}: cannot be read ({error}); expected a text file in UTF-8") from None
-        if not rows:
-            raise BadInput(f"{path}: holds no rows; put at least one history and target in it")
-        histories, targets = [], []
-        for line, history, target in rows:
-            if not history:
-                raise BadInput(f"{path}, line {line}: the history is empty; drop the row, it says nothing of the user")
-            items = [to_item(catalogue, sid, f"{path}, line {line}", found[0]) for sid in [*history, target]]
-            histories.append(([-1] * cfg.max_history + items[:-1])[-cfg.max_history :])
-            targets.append(items[-1])
-        columns = histories, targets, range(len(targets))
-        split[name] = Prompts(*(torch.as_tensor(column, device=cfg.device) for column in columns))
-    # There is no exposure log. The ranker learns to tell what was bought from 15 items drawn by popularity.
-    train, seen = split["train"], stream(cfg.seed, "negatives of the ranker", cfg.device)
-    wrong = train.target[torch.randint(len(train.target), (len(train.target), 15), generator=seen, device=cfg.device)]
-    item = torch.cat([train.target[:, None], wrong], 1)
-    log = Log(train.history, item, item == train.target[:, None], None)
-    rl = subset(train, cfg.rl_prompts or len(train.target), cfg.seed, "prompts of the method")
-    return Data(catalogue, train, rl, split["valid"], split["test"], log, None)
+        rows = [row[-cfg.max_history - 1 :] for row in read_rows(Path(folder, name), catalogue, source)]
+        longest = max(map(len, rows))
+        rows = torch.tensor([[-1] * (longest - len(row)) + row for row in rows], device=cfg.device)
+        splits.append(Prompts(rows[:, :-1], rows[:, -1], torch.arange(len(rows), device=cfg.device)))
+    # Without an exposure log, the ranker learns to tell what was bought from 15 items drawn by popularity.
+    train, n, bought = splits[0], len(splits[0].target), splits[0].target[:, None]
+    generator = make_generator(cfg.seed, "negatives of the ranker", cfg.device)
+    others = torch.randint(n, (n, 15), generator=generator, device=cfg.device)
+    item = torch.cat([bought, train.target[others]], 1)
+    log = ImpressionLog(train.history, item, item == bought, None)
+    rl = subset(train, cfg.rl_prompts, cfg.seed, "prompts of the method")
+    return Data(catalogue, train, rl, *splits[1:], log, None)
 
 
 def subset(prompts, n, seed, purpose):
-    """n prompts at random, or all of them where there are fewer."""
-    order = torch.randperm(len(prompts.target), generator=stream(seed, purpose))[:n]
+    """n prompts at random; all of them where there are fewer, or n is 0."""
+    order = torch.randperm(len(prompts.target), generator=make_generator(seed, purpose))[: n or None]
     return prompts.rows(order.to(prompts.target.device))
 
 
 def read_catalogue(path):
-    """The distinct Semantic IDs, in order of first appearance; items that share one cannot be told apart."""
+    """The distinct Semantic IDs, in their order; items that share one cannot be told apart."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not valid JSON ({error})") from None
-    named = entries.items() if isinstance(entries, dict) else enumerate(entries) if isinstance(entries, list) else ()
-    sids = {}
-    for name, sid in named:
-        if not isinstance(sid, list) or not sid or not all(type(code) in (int, str) for code in sid):
-            raise BadInput(f"{path}, item {name}: expected a list of tokens such as [12, 3, 4], got {sid!r}")
-        first = next(iter(sids), sid)
-        if len(sid) != len(first) or [type(code) for code in sid] != [type(code) for code in first]:
-            raise BadInput(f"{path}, item {name}: Semantic ID {sid} is not of the form of the first, {list(first)}; "
-                           "all need the same number of tokens")
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({first_line(error)})") from None
+    sids, entries = {}, dict(enumerate(entries)) if isinstance(entries, list) else entries
+    for name, sid in entries.items() if isinstance(entries, dict) else ():
+        kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), (12, 3, 4))]
+        if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
+                or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)):
+            raise UserError(f"{path}, item {name!s:.40}: got {sid!r:.80}; expected a list of tokens such as "
+                            f"{first!r:.60}, the same number of tokens of the same sort in each; rename "
+                            f"{QUERY_TOKEN}, {START_TOKEN} and what cannot be printed")
         sids.setdefault(tuple(sid))
     if not sids:
-        raise BadInput(f"{path}: holds no items; expected item -> list of tokens")
+        raise UserError(f"{path}: holds no items; expected item -> list of tokens")
     return list(sids)
 
 
-def to_item(catalogue, sid, where, source):
-    """Item of a Semantic ID, or a refusal that names the row."""
-    if len(sid) != catalogue.L:
-        raise BadInput(f"{where}: Semantic ID {list(sid)} has {len(sid)} tokens, those of {source} have {catalogue.L}")
-    if sid not in catalogue.row:
-        raise BadInput(f"{where}: Semantic ID {list(sid)} is not in {source}; add the item there or drop the row")
-    return catalogue.row[sid]
-
-
-def read_csv(path):
-    """(line, history, target) of each row. Histories are Python literals: parsed as such, never evaluated."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        for column in ("history_item_sid", "item_sid"):
-            if column not in (reader.fieldnames or ()):
-                known = {"user_id", "item_id", "item_sid", "item_title"}
-                known |= {f"history_{name}" for name in known}
-                others = [name for name in reader.fieldnames or () if name not in known]
-                close = difflib.get_close_matches(column, others, 1)
-                raise BadInput(f"{path}, line 1: no column {column}" + (f"; rename {close[0]}?" if close else
-                               f" among {reader.fieldnames}" if reader.fieldnames else ": the file is empty"))
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            try:
-                history = ast.literal_eval(row["history_item_sid"] or "")
-                if not isinstance(history, list) or not all(isinstance(sid, str) for sid in history):
-                    raise ValueError
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                raise BadInput(f"{where}: history_item_sid is {row['history_item_sid']!r:.80}; expected a list "
-                               "such as ['<a_1><b_2><c_3>']") from None
-            yield reader.line_num, [split_sid(sid, where) for sid in history], split_sid(row["item_sid"] or "", where)
-
-
-def split_sid(text, where):
-    tokens = tuple(re.findall(r"<[^<>]+>", text))
-    if "".join(tokens) != text or not text:
-        raise BadInput(f"{where}: {text!r} is not a Semantic ID; expected tokens in angle brackets, <a_1><b_2><c_3>")
-    return tokens
-
-
-def read_jsonl(path):
-    """(line, history, target) of each line {"history": [[12, 3, 4], ...], "target": [5, 0, 1]}."""
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def read_rows(path, catalogue, source):
+    """The items of each row, the target last; a row that cannot be used is refused by its line."""
+    ending, example = LAYOUTS[source]
+    path, known, found = path.with_suffix(ending), {repr([*sid]): i for sid, i in catalogue.row.items()}, []
+    try:
+        text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no such file, or not in UTF-8 ({first_line(error)}); {source} needs train, "
+                        f"valid and test{ending} beside it") from None
+    rows = enumerate(text.split("\n") if text else (), 1)  # splitlines() would split at U+2028 too
+    if ending == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
+        table, columns = csv.DictReader(line + "\n" for _, line in rows), ("item_sid", "history_item_sid")
+        header = list(table.fieldnames or ())
+        if any(header.count(name) != 1 for name in columns):
+            raise UserError(f"{path}, line 1: needs one column history_item_sid and one item_sid, "
+                            f"has {header!r:.150}")
+        rows = ((table.line_num, {name: row[name] for name in columns}) for row in table)
+    for line, row in rows:
         try:
-            row = json.loads(text)
-            history, target = [tuple(sid) for sid in row["history"]], tuple(row["target"])
-            hash((*history, target))  # lists within a Semantic ID are refused here, not where it is looked up
-        except (ValueError, TypeError, KeyError):
-            raise BadInput(f'{path}, line {line}: expected {{"history": [[12, 3, 4], ...], "target": [5, 0, 1]}}, '
-                           f"got {text:.80}") from None
-        yield line, history, target
+            if ending == ".csv":  # lists are Python literals: parsed as such, never evaluated
+                cell = row["history_item_sid"]
+                joined = re.search(r"['\"]\s+['\"]", cell)  # NumPy prints no commas, Python would join words
+                history = None if joined else ast.literal_eval(cell)
+                cells = [*history, row["item_sid"]]
+                sids = [re.findall(r"<[^<>]+>", re.fullmatch(r"(<[^<>]+>)+", cell)[0]) for cell in cells]
+            else:
+                history, target = (json.loads(row)[key] for key in ("history", "target"))
+                sids = [*history, target]
+            if not history or not all(isinstance(x, list) for x in (history, *sids)):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, SyntaxError, MemoryError, RecursionError):
+            raise UserError(f"{path}, line {line}: expected {example}, got {row!r:.100}; if the "
+                            "history is empty, drop the row") from None
+        for sid in sids:
+            if repr(sid) not in known:  # of the same types too: 0.0 and False are equal to 0
+                raise UserError(f"{path}, line {line}: Semantic ID {sid!r:.60} ({len(sid)} tokens) is not in "
+                                f"{source}, where all have {catalogue.L} tokens, numbers or text, such as "
+                                f"{next(iter(known)):.60}; drop the row, or spell it as there")
+        found.append([known[repr(sid)] for sid in sids])
+    if not found:
+        raise UserError(f"{path}: holds no rows; put at least one history and target in it")
+    return found
 
 
-# == 3. The toy world: a shop whose click log misleads in some places =================================================
-# Not the method: skip it at first reading. docs/toy.md gives a reason for every constant.
+# -- the toy world: a shop whose click log misleads in some places; docs/toy.md gives the reasons ------------
 
 
 @dataclass(frozen=True)
 class World:
-    """The shop's constants; docs/toy.md tells what each does and how they were chosen."""
-
     codes: int = 24  # per level
     items: int = 2000  # about
     users: int = 4000
     dims: int = 8  # of taste
     taste: float = 3.5  # standard deviation of what a user likes, over items
-    quality: float = 2.0  # of what everyone likes; drawn anew between the SFT period and the RL week
+    quality: float = 2.0  # of what everyone likes; drawn anew before the RL week
     node_share: float = 0.7  # of quality's variance that all items of a level-2 node have in common
     popularity: float = 0.5  # weight of log popularity in choice; of one in exposure
     click_at: float = 6.0  # utility at which a shown item is clicked every other time
@@ -481,92 +684,84 @@ class World:
 
 
 def toy_world(cfg, world=World()):
-    """A made-up shop: catalogue, users' lives, and the log of what they were shown. All of it follows from the seed."""
-    w = world
-    rng = {name: np.random.default_rng([cfg.seed, i]) for i, name in enumerate(("items", "users", "life", "log"))}
+    """A made-up shop: catalogue, users' lives, and the log of what they were shown."""
+    w, users = world, np.arange(world.users)[:, None]
+    of_items, of_users, of_lives, of_log = (np.random.default_rng([cfg.seed, i]) for i in range(4))
 
-    # -- items: a taxonomy numbered consecutively, a place in taste space, popularity, quality then and now ------------
-    g = rng["items"]
-    leaves = w.items / w.codes / 8  # per node of level 2, on average
+    # items: a taxonomy numbered consecutively, a place in taste space, popularity, quality then and now
+    g, leaves = of_items, w.items / w.codes / 8  # per node of level 2, on average
     sids = [(a, b, c) for a in range(w.codes) for b in range(np.clip(g.poisson(8), 1, w.codes))
             for c in range(np.clip(round(g.gamma(1.2, leaves / 1.2)), 1, w.codes))]
-    level1 = np.array([a for a, _, _ in sids])
-    node = np.unique([a * w.codes + b for a, b, _ in sids], return_inverse=True)[1]
+    level1, level2, _ = np.array(sids).T
+    node = np.unique(level1 * w.codes + level2, return_inverse=True)[1]
     N, nodes = len(sids), node.max() + 1
-    place = (0.5**0.5 * g.standard_normal((w.codes, w.dims))[level1]  # shares of variance: half by the first code
-             + 0.3**0.5 * g.standard_normal((nodes, w.dims))[node] + 0.2**0.5 * g.standard_normal((N, w.dims)))
+    place = (0.5**0.5 * g.standard_normal((w.codes, w.dims))[level1]  # half of the variance by the first code
+             + 0.3**0.5 * g.standard_normal((nodes, w.dims))[node]
+             + 0.2**0.5 * g.standard_normal((N, w.dims)))
     popularity = -np.log(1 + g.permutation(N))  # Zipf
     quality_then, quality = w.quality * (w.node_share**0.5 * g.standard_normal((2, nodes))[:, node]
                                          + (1 - w.node_share) ** 0.5 * g.standard_normal((2, N)))
-    # What draws clicks where bait works: an attribute that good items lack. Nobody chooses by it.
+    # What draws clicks where bait works is an attribute that good items lack. Nobody chooses by it.
     bait = w.bait_pull * (-0.9 * quality / w.quality + 0.19**0.5 * g.standard_normal(N))
-    complement = g.permutation(nodes)[node]
-    context = 0.5 * (level1[:, None] == level1) + 0.5 * (node[:, None] == node) + (complement[:, None] == node)
+    complement = g.permutation(nodes)[node, None]
+    context = 0.5 * (level1[:, None] == level1) + 0.5 * (node[:, None] == node) + (complement == node)
     context = context.astype(np.float32)  # (N, N): what goes with the last item
 
-    # -- lives: a user chooses the next item by taste, quality and what goes with the last one ------------------------
-    g = rng["users"]
-    likes = g.standard_normal((w.users, w.dims))
-    taste = (w.taste * likes / np.linalg.norm(likes, axis=1, keepdims=True) @ place.T).astype(np.float32)  # (users, N)
-
-    def draw(g, weight, n):
-        """n items per user, with replacement, in proportion to weight (users, N)."""
-        below = np.cumsum(weight, axis=1, dtype=np.float64)
-        below = below / below[:, -1:] + np.arange(w.users)[:, None]
-        at = np.searchsorted(below.ravel(), (g.random((w.users, n)) + np.arange(w.users)[:, None]).ravel())
-        return np.minimum(at.reshape(-1, n) - N * np.arange(w.users)[:, None], N - 1)
-
-    wanted_then, wanted = (np.exp(taste + np.float32(q + w.popularity * popularity)) for q in (quality_then, quality))
-    shown = np.exp(0.3 * taste + np.float32(0.3 * quality_then + popularity))  # by yesterday's server, popular first
-    pull = np.exp(context)
-    # Bait works where the last item lies in one of these nodes: drawn until half of all choices fall into them.
+    # users: what each wants and is shown of all items (users, N)
+    likes, popular = of_users.standard_normal((w.users, w.dims)), w.popularity * popularity
+    taste = (w.taste * likes / np.linalg.norm(likes, axis=1, keepdims=True) @ place.T).astype(np.float32)
+    wanted_then, wanted = (np.exp(taste + np.float32(q + popular)) for q in (quality_then, quality))
+    shown = np.exp(0.3 * taste + np.float32(0.3 * quality_then + popularity))  # by yesterday's server
+    # Bait works where the last item lies in one of these nodes: drawn until half of all choices are there.
     often = np.bincount(node, (wanted / wanted.sum(1, keepdims=True)).mean(0))  # (nodes,) their shares
-    drawn = g.permutation(nodes)
+    drawn = of_users.permutation(nodes)
     baited = np.isin(np.arange(nodes), drawn[often[drawn].cumsum() - often[drawn] / 2 < 0.5])[node]  # (N,)
-    rl_week = w.warm_up + w.sft
+
+    def draw(g, weight, n):  # n items per user, with replacement, in proportion to weight (users, N)
+        below = np.cumsum(weight, axis=1, dtype=np.float64)
+        below = below / below[:, -1:] + users  # user u's from u to u + 1, so that all are sorted
+        at = np.searchsorted(below.ravel(), (g.random((w.users, n)) + users).ravel())
+        return np.minimum(at.reshape(-1, n) - N * users, N - 1)
+
+    # lives: in the RL week users choose from a feed that is logged, otherwise among all items
+    pull, rl_week, logs = np.exp(context), w.warm_up + w.sft, []
     life = np.zeros((w.users, rl_week + w.rl + w.valid + w.test), int)
-    logs = []
     for t in range(life.shape[1]):
-        last = life[:, t - 1] if t else draw(rng["life"], wanted_then, 1)[:, 0]
-        if rl_week <= t < rl_week + w.rl:  # a feed: what is shown, what of it is clicked, what of it is chosen
-            g = rng["log"]
-            item = draw(g, shown, w.impressions)
+        last = life[:, t - 1] if t else draw(of_lives, wanted_then, 1)[:, 0]
+        if rl_week <= t < rl_week + w.rl:
+            item = draw(of_log, shown, w.impressions)
             utility = np.take_along_axis(taste, item, 1) + quality[item] + context[last[:, None], item]
             share = cfg.bait * baited[last][:, None]
             appeal = (1 - share) * utility + share * bait[item]
-            click = g.random(item.shape) < sigmoid(appeal - w.click_at)
-            order = click & (g.random(item.shape) < sigmoid(appeal - w.order_at))
+            click = of_log.random(item.shape) < 1 / (1 + np.exp(w.click_at - appeal))
+            order = click & (of_log.random(item.shape) < 1 / (1 + np.exp(w.order_at - appeal)))
             logs.append((life[:, t - w.history : t].copy(), item, click, order))
-            liked = utility + w.popularity * popularity[item] + rng["life"].gumbel(size=item.shape)
-            life[:, t] = item[np.arange(w.users), liked.argmax(1)]  # exp(utility) among the shown: no bait
-        else:  # of all items
-            life[:, t] = draw(rng["life"], (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
+            liked = utility + popular[item] + of_lives.gumbel(size=item.shape)
+            life[:, t] = item[users[:, 0], liked.argmax(1)]  # in proportion to exp(utility): no bait
+        else:
+            life[:, t] = draw(of_lives, (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
 
-    # -- what the learners see ----------------------------------------------------------------------------------------
-    def prompts(start, length):
-        steps = range(start, start + length)
-        history = np.concatenate([life[:, t - w.history : t] for t in steps])[:, -cfg.max_history :]
-        target, user = np.concatenate([life[:, t] for t in steps]), np.tile(np.arange(w.users), length)
-        return Prompts(*(torch.as_tensor(x, device=cfg.device) for x in (history, target, user)))
+    def table(kind, rows):
+        columns = (np.concatenate(column) for column in zip(*rows, strict=True))
+        return kind(*(torch.as_tensor(x, device=cfg.device) for x in columns))
 
-    rl = prompts(rl_week, w.rl)
-    log = Log(*(torch.as_tensor(np.concatenate(x), device=cfg.device) for x in zip(*logs, strict=True)))
-    return Data(Catalogue(sids, cfg.device), prompts(w.warm_up, w.sft),
-                subset(rl, cfg.rl_prompts or len(rl.target), cfg.seed, "prompts of the method"),
-                prompts(rl_week + w.rl, w.valid), prompts(rl_week + w.rl + w.valid, w.test), log,
-                dict(taste=taste, quality=quality, context=context, popularity=popularity, baited=baited, level1=level1,
-                     weight=w.popularity))
+    def prompts(start, n):
+        H, steps = min(w.history, cfg.max_history), range(start, start + n)
+        return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in steps])
 
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+    rl = subset(prompts(rl_week, w.rl), cfg.rl_prompts, cfg.seed, "prompts of the method")
+    truth = dict(taste=taste, quality=quality, context=context, popularity=popularity, baited=baited,
+                 level1=level1, weight=w.popularity)
+    after = rl_week + w.rl
+    return Data(Catalogue(sids, cfg.device), prompts(w.warm_up, w.sft), rl, prompts(after, w.valid),
+                prompts(after + w.valid, w.test), table(ImpressionLog, logs), truth)
 
 
-# == 4. The ranker: the reward model, trained on the log alone ========================================================
+# -- the ranker: the reward model, trained on the log alone --------------------------------------------------
 
 
 class Ranker(nn.Module):
-    """Two heads, click and order given click, each a dot product of user and item and a small network on the pair."""
+    """Click, and order given click: a dot product of user and item, and a small network on the pair."""
 
     def __init__(self, catalogue, width=24, heads=2):
         super().__init__()
@@ -580,7 +775,7 @@ class Ranker(nn.Module):
     def forward(self, history, item):
         """(B, H) history, (B, n) items -> (B, n, heads) logits."""
         items = self.item.weight + self.code(self.tokens).sum(1)  # an item is itself plus its Semantic ID
-        known = (history >= 0).unsqueeze(-1)
+        known = (history >= 0)[..., None]
         past = items[history.clamp(min=0)] * known
         user = self.user(torch.cat([past.sum(1) / known.sum(1).clamp(min=1), past[:, -1]], -1))
         candidate = items[item.clamp(min=0)]  # (B, n, width)
@@ -590,31 +785,30 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, history, item):
-        """{"click": p(click), "order": p(order given click)}, each (B, n) and 0 for what is no item."""
-        p = self(history, item).sigmoid() * (item >= 0).unsqueeze(-1)
-        return dict(zip(("click", "order"), p.unbind(-1), strict=False))  # no order head without orders in the log
+        """{"click": (B, n), "order": (B, n), given a click, if the log has orders}; 0 for what is no item."""
+        p = self(history, item).sigmoid() * (item >= 0)[..., None]
+        return dict(zip(("click", "order"), p.unbind(-1), strict=False))
 
 
 def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
     torch.manual_seed(cfg.seed)
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
-    contexts = batches(len(log.item), batch, max(1, epochs * len(log.item) // batch), stream(cfg.seed, "ranker"))
-    learner = Learner(ranker, lr, len(contexts), shared=False)  # every process trains the whole of it
-    for rows in progress(contexts.to(cfg.device), "ranker"):
-        logit, click = ranker(log.history[rows], log.item[rows]), log.click[rows].float()
+    steps = max(1, epochs * len(log.item) // batch)
+    optimizer = Optimizer(ranker, lr, steps, shared=False)  # each process trains the whole of it
+    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
+    for step in progress(range(steps), "ranker"):
+        history, item, click, ordered = (x if x is None else x[order[step]] for x in log)
+        logit, click = ranker(history, item), click.float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click)
-        if log.order is not None:  # an order is seen only where there was a click
-            loss = loss + F.binary_cross_entropy_with_logits(logit[..., 1], log.order[rows].float(), weight=click)
+        if ordered is not None:  # an order can be seen only where there was a click
+            loss = loss + F.binary_cross_entropy_with_logits(logit[..., 1], ordered.float(), weight=click)
         loss.backward()
-        learner.step()
+        optimizer.step(f"ranker, step {step + 1}", loss=loss)
     return ranker.eval().requires_grad_(False)
 
 
 def make_reward(ranker, cfg):
-    """r(history, item) -> (B, n): what a showing is worth, p(click) + p(click and order), in 0..2; eq. 8's r.
-
-    It looks at prompt and item, never at the group, so that truth and negatives can be scored like rollouts.
-    """
+    """r(history, item) -> (B, n): p(click) + p(click and order), in 0..2; eq. 8's r, blind to the group."""
 
     def reward(history, item):
         p = ranker.probabilities(history, item)
@@ -624,787 +818,362 @@ def make_reward(ranker, cfg):
 
 
 def own_reward(cfg):
-    """The same from --reward: function(history, item) -> (B, n) scores, or {name: scores}, whose sum is the reward."""
-    function = plugin("reward", cfg.reward)
+    """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up."""
+    module, _, name = cfg.reward.partition(":")
+    with users_code(cfg):
+        sys.path.append(os.getcwd())  # modules in the current folder are found too
+        function = getattr(importlib.import_module(module), name)
 
+    @users_code(cfg)
     def reward(history, item):
-        found = function(history, item)
-        named = found if isinstance(found, dict) else {"": found}
-        for name, scores in named.items():
-            if tuple(np.shape(scores)) != tuple(item.shape):
-                raise BadInput(f"--reward {cfg.reward}: {name or 'it'} has shape {tuple(np.shape(scores))}; expected "
-                               f"{tuple(item.shape)}, a score for each candidate")
-        return {name: torch.where(item >= 0, torch.as_tensor(scores, dtype=torch.float32, device=item.device),
-                                  cfg.floor / len(named)) for name, scores in named.items()}
+        found = function(history.clone(), item.clone())  # copies: it may write into what it is given
+        parts = found if isinstance(found, dict) and found else {"": found}
+        parts = {key: torch.as_tensor(x, dtype=torch.float32, device=item.device) for key, x in parts.items()}
+        if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
+            raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
+        return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
 
     return reward
 
 
-def ask(reward, history, item, mine):
-    """Scores (B, n) of the whole batch, of which each process asks for its own rows; and by name, where there are."""
+@contextlib.contextmanager
+def users_code(cfg):
+    """Whatever goes wrong in the user's code is said in one line, with the place in their file."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        place = [f" in {x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)
+                 if x.filename != __file__ and not re.search("importlib|contextlib", x.filename)]
+        what = type(error).__name__ + "".join(place[:1])
+        raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected "
+                        "package.module:function that gives each item a number (docs/models.md)") from None
+
+
+def reward_of(reward, history, item, parts):
+    """Scores (B, n) of the whole batch, each process having asked for its own rows; means of named parts."""
+    local = slice(parts[0].start, parts[-1].stop)
     with torch.no_grad():
-        scores = reward(history[mine], item[mine])
-    named = {name: gather([x]) for name, x in (scores.items() if isinstance(scores, dict) else [("", scores)])}
+        scores = reward(history[local], item[local])
+    named = {name: gather([x]) for name, x in (scores if isinstance(scores, dict) else {"": scores}).items()}
     return sum(named.values()), {f"reward/{name}": x.mean() for name, x in named.items() if name}
 
 
-def own_negatives(catalogue, cfg):
-    """None, where they are rollouts of other prompts; else (history, target, M, generator) -> (B, M) items."""
+# -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
 
-    def uniform(history, target, m, generator):
-        item = torch.randint(catalogue.N - 1, (len(target), m), generator=generator, device=target.device)
-        return item + (item >= target.unsqueeze(1))  # any but the truth
-
-    names = {"rollouts": None, "catalogue": uniform}
-    known = cfg.negatives_from in names
-    return names[cfg.negatives_from] if known else plugin("negatives-from", cfg.negatives_from)
-
-
-# == 5. The policy, and the tree of tokens ============================================================================
-
-
-class Words(NamedTuple):
-    """What the model has of the tokens that prompts and items are made of.
-
-    Looked up once for a tree, prompt included: each look-up's gradient is as large as the model's whole vocabulary.
-    """
-
-    vectors: torch.Tensor  # (S + 1 or more, width) what goes in for SID tokens, the question, and the start if any
-    head: torch.Tensor  # (S, width) the head's rows of SID tokens; the others are never computed
-    bias: torch.Tensor | None  # (S,) the head's, where it has one
-
-
-class Trunk(NamedTuple):
-    """Prompts that were read once; every tree below grows on them."""
-
-    cache: list  # per layer, keys and values (B, heads, T, width)
-    visible: torch.Tensor  # (B, T) boolean, False at padding
-    logp: torch.Tensor  # (B, 1, S) log-probabilities of the first SID token
-    words: Words
-
-    def rows(self, index):
-        return Trunk([(k[index], v[index]) for k, v in self.cache], self.visible[index], self.logp[index], self.words)
-
-
-class Product(torch.autograd.Function):
-    """x W', whose gradient for the weights W is added up where it lies, in W.grad.
-
-    Autograd would write that of every pass (prompts, each level of the tree) to fresh memory and add all up later.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        if ctx.needs_input_grad[1]:
-            factors = gradient.flatten(0, -2).T, x.flatten(0, -2)
-            weight.grad = torch.mm(*factors) if weight.grad is None else weight.grad.addmm_(*factors)
-        return gradient @ weight, None
-
-
-LARGE = 2**18  # weights of a layer from which on that pays
-
-
-class LargeLinear(nn.Linear):
-    """nn.Linear with that product."""
-
-    def forward(self, x):
-        y = Product.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-class Policy:
-    """A Hugging Face causal language model that speaks Semantic IDs."""
-
-    def __init__(self, model, catalogue, cfg, tokenizer=None):
-        self.model = model.to(cfg.device).eval()  # eval also in training: dropout would make two passes disagree
-        # Not the model's: a temperature or a length of its own would follow the policy to whoever generates with it.
-        self.model.generation_config = GenerationConfig()
-        self.catalogue, self.tokenizer = catalogue, tokenizer
-        known = inspect.signature(model.base_model.forward).parameters  # transformers 5.24 calls it by another name
-        self.takes_cache_as = "cache" if "cache" in known else "past_key_values"
-        S, words = catalogue.S, [*catalogue.words, ASK]
-        ids = torch.tensor(tokenizer.convert_tokens_to_ids(words) if tokenizer else range(S + 1), device=cfg.device)
-        self.vocabulary = ids[:S]  # the model's token of each SID token
-        self.ask = ids[S:]  # ends every prompt: what comes next?
-        start = getattr(tokenizer, "bos_token_id", None)  # begins it, in models that are used to that
-        self.start = torch.tensor([] if start is None else [start], dtype=torch.long, device=cfg.device)
-        able = cfg.model and cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
-        self.half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(able))
-        for layer in [] if self.half else model.modules():
-            if type(layer) is nn.Linear and layer.weight.numel() >= LARGE:
-                layer.__class__ = LargeLinear
-
-    def precision(self):
-        """Products in bfloat16 where that is wanted. Weights stay float32: small steps would round to none in less."""
-        return torch.autocast(self.ask.device.type, torch.bfloat16, enabled=self.half)
-
-    def save(self, folder):
-        self.model.save_pretrained(folder)
-        if self.tokenizer:
-            self.tokenizer.save_pretrained(folder)
-
-    def words(self):
-        head = self.model.get_output_embeddings()
-        known = torch.cat([self.vocabulary, self.ask, self.start])  # below, tokens are numbered in this order
-        return Words(self.model.get_input_embeddings()(known), head.weight[self.vocabulary],
-                     None if head.bias is None else head.bias[self.vocabulary])
-
-    def run(self, words, tokens, visible, positions, cache=None, unasked=0):
-        """Run n new tokens, which see what `visible` (B, n, cached + n) says; hidden (B, n, width) and longer cache.
-
-        Nobody will ask the first `unasked` of them what comes next: their `hidden` is worth nothing.
-        """
-        model = self.model
-        # An additive mask, since some attention implementations add a boolean one; and finite (in float32 too, where
-        # the softmax may run), since a padding row that sees nothing would otherwise be NaN.
-        dtype = torch.bfloat16 if self.half else model.dtype
-        blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        mask = mask.masked_fill(~visible, blocked).unsqueeze(1)
-        cache = DynamicCache(cache)  # wraps, copies nothing: a prompt can be grown upon many times
-        with self.precision(), last_layer_without(unasked, model):
-            hidden = model.base_model(inputs_embeds=F.embedding(tokens, words.vectors), attention_mask=mask,
-                                      position_ids=positions, use_cache=True,
-                                      **{self.takes_cache_as: cache}).last_hidden_state
-        return hidden, [(layer.keys, layer.values) for layer in cache.layers]
-
-    def logp(self, words, hidden):
-        """Over the SID tokens alone."""
-        with self.precision():
-            logits = F.linear(hidden, words.head, words.bias).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2
-        return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
-
-    def read(self, history, after=None):
-        """(B, H) histories -> Trunk. Runs the language model over the prompt, which nothing below does again.
-
-        With SID tokens `after` it (B, l), over these too: T is longer by l, and logp is that of l + 1 next tokens.
-        """
-        history = history[:, (history >= 0).any(0)]
-        words, B, S = self.words(), len(history), self.catalogue.S
-        ask, *start = torch.arange(S, len(words.vectors), device=history.device).split(1)
-        tokens = self.catalogue.tokens[history.clamp(min=0)].flatten(1)
-        tokens = torch.cat([x.expand(B, -1) for x in (*start, tokens, ask)], 1)  # (B, T)
-        visible = (history >= 0).repeat_interleave(self.catalogue.L, dim=1)
-        visible = torch.cat([visible.new_ones(B, len(self.start)), visible, visible.new_ones(B, 1)], 1)  # (B, T)
-        T = tokens.shape[1]
-        if after is not None:
-            tokens, visible = torch.cat([tokens, after], 1), F.pad(visible, (0, after.shape[1]), value=True)
-        causal = visible.new_ones(tokens.shape[1], tokens.shape[1]).tril()
-        positions = (visible.cumsum(1) - 1).clamp(min=0)
-        hidden, cache = self.run(words, tokens, visible.unsqueeze(1) & causal, positions, unasked=T - 1)
-        return Trunk(cache, visible, self.logp(words, hidden[:, T - 1 :]), words)
-
-
-LATE = ("mlp", "self_attn.q_proj", "self_attn.o_proj")  # what comes after, or has no part in, keys and values
-
-
-@contextlib.contextmanager
-def last_layer_without(unasked, model):
-    """Until this ends, the last layer makes nothing but keys and values of the first `unasked` tokens.
-
-    Nobody asks a prompt's earlier tokens what comes next, so what the modules in LATE would say of them in the last
-    layer serves none: these get the other tokens alone, and zeros stand for the rest. A layer that has no modules of
-    such names stays whole.
-    """
-    def shorter(module, given):
-        return tuple(x[:, unasked:].contiguous() for x in given)
-
-    def as_long_as_before(module, given, made):
-        made, *more = made if isinstance(made, tuple) else (made,)  # a mixture of experts also says whom it asked
-        made = F.pad(made, (0, 0, unasked, 0))
-        return (made, *more) if more else made
-
-    lists = (x for x in model.base_model.modules() if isinstance(x, nn.ModuleList))
-    layers = list(next(lists, [])) if unasked else []  # the layers come first
-    hooks = []
-    for part in [x for layer in layers[-1:] for name, x in layer.named_modules() if name in LATE]:
-        hooks += [part.register_forward_pre_hook(shorter), part.register_forward_hook(as_long_as_before)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def grow(policy, prompt, pick):
-    """Grow a tree of Semantic IDs on each prompt; sampling, scoring and beam search differ in `pick` alone.
-
-    At each level, pick(level, logp (B, m, S), score (B, m)) is shown what follows each of the m branches and how likely
-    they are so far; it says which branch each of n new ones continues, and with which token: two (B, n) integers.
-    Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), which carry gradient.
-
-    The n branches of a level are run as one sequence of n tokens, under a mask by which each sees the prompt, its
-    ancestors and itself. So the prompt is never repeated, and nothing is reordered when a beam changes its parent.
-    """
-    logp = prompt.logp  # (B, 1, S): the only branch is the prompt
-    cache, visible, words = prompt.cache, prompt.visible, prompt.words
-    B, T = visible.shape
-    tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
-    sees = visible.new_zeros(B, 1, 0)  # which of the tree's tokens each branch descends from
-    for level in range(policy.catalogue.L):
-        if level:
-            m = tokens.shape[1]  # branches so far; the last token of each is run now
-            sees = torch.cat([sees, torch.eye(m, dtype=bool, device=sees.device).expand(B, m, m)], -1)
-            hidden, cache = policy.run(
-                words,
-                tokens[..., -1],
-                torch.cat([visible.unsqueeze(1).expand(B, m, T), sees], -1),
-                (visible.sum(1, keepdim=True) + level - 1).expand(B, m),
-                cache,
-            )
-            logp = policy.logp(words, hidden)
-        parent, token = pick(level, logp, token_logp.sum(-1))
-        chosen = logp[torch.arange(B, device=parent.device)[:, None], parent, token].unsqueeze(-1)
-        tokens = torch.cat([inherit(tokens, parent), token.unsqueeze(-1)], -1)
-        token_logp = torch.cat([inherit(token_logp, parent), chosen], -1)
-        sees = inherit(sees, parent)
-    return tokens, token_logp
-
-
-def inherit(x, parent):
-    """(B, m, ...) of the old branches -> (B, n, ...) of the new ones."""
-    return x.gather(1, parent.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def score(policy, prompt, tokens):
-    """How likely these Semantic IDs (B, n, L) are: (B, n, L) log-probabilities, which carry gradient.
-
-    What `grow` would say of them, but known tokens need not wait for each other: all levels are run as one sequence.
-    """
-    B, n, L = tokens.shape
-    first = prompt.logp[:, 0].gather(1, tokens[..., 0]).unsqueeze(-1)  # (B, n, 1)
-    if L == 1:
-        return first
-    visible, depth = prompt.visible, L - 1  # the last token predicts nothing
-    sees = torch.block_diag(*[visible.new_ones(depth, depth).tril()] * n)  # ancestors and itself
-    hidden, _ = policy.run(
-        prompt.words,
-        tokens[..., :-1].flatten(1),  # (B, n * depth), branch after branch
-        torch.cat([visible.unsqueeze(1).expand(B, n * depth, -1), sees.expand(B, -1, -1)], -1),
-        visible.sum(1, keepdim=True) + torch.arange(depth, device=visible.device).repeat(n),
-        prompt.cache,
-    )
-    others = policy.logp(prompt.words, hidden).view(B, n, depth, -1).gather(-1, tokens[..., 1:].unsqueeze(-1))[..., 0]
-    return torch.cat([first, others], -1)
-
-
-def own_branch(logp, n):
-    """Each of n branches continues itself; at the first level all continue the prompt."""
-    return torch.arange(n, device=logp.device).clamp(max=logp.shape[1] - 1).expand(len(logp), n)
-
-
-def given(tokens):
-    """Follow these Semantic IDs (B, n, L): teacher forcing."""
-    return lambda level, logp, score: (own_branch(logp, tokens.shape[1]), tokens[..., level])
-
-
-def sample(n, generator, rows=slice(None), B=None):
-    """n independent draws: a token's share of the way from 0 to 1 is its probability, and a random point hits one.
-
-    A micro-batch draws for all B prompts of its batch and keeps its own `rows`: it gets what it would get among them.
-    """
-
-    def pick(level, logp, score):
-        ends = logp.detach().float().exp().cumsum(-1)  # (B, m, S), the last one is 1 but for rounding
-        points = torch.rand(B or len(logp), n, generator=generator, device=logp.device)[rows]
-        points = points.view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m): m is 1, then n
-        token = torch.searchsorted(ends, points, right=True).clamp(max=ends.shape[-1] - 1)
-        return own_branch(logp, n), token.view(-1, n)
-
-    return pick
-
-
-def beam(width):
-    """The most likely continuations of all branches together."""
-
-    def pick(level, logp, score):
-        total = (score.unsqueeze(-1) + logp).flatten(1)
-        best = total.topk(min(width, total.shape[1])).indices
-        return best // logp.shape[-1], best % logp.shape[-1]
-
-    return pick
-
-
-ASK = "<next>"  # the word that ends a prompt
+QUERY_TOKEN, START_TOKEN = "<next>", "<start>"
 
 
 def tiny_policy(catalogue, cfg, width=64, layers=2):
-    """A small Llama from scratch, whose vocabulary is the SID tokens, the question mark and padding."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-    learn_words(tokenizer, [*catalogue.words, ASK, "<pad>"])
     torch.manual_seed(cfg.seed)
-    config = LlamaConfig(
-        vocab_size=catalogue.S + 2, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+    config = transformers.LlamaConfig(
+        vocab_size=catalogue.S + 1, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, max_position_embeddings=(cfg.max_history + 1) * catalogue.L + 1,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=catalogue.S + 1)
-    return Policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), catalogue, cfg, tokenizer)
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return make_policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), catalogue, cfg)
 
 
-def learn_words(tokenizer, words):
-    """Each word becomes one token; returns those that were unknown."""
-    known = tokenizer.get_vocab()
-    new = [word for word in words if word not in known]
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in new])
-    return new
+def make_policy(model, catalogue, cfg):
+    """Policy of a model whose vocabulary is cut, with a tokenizer in which each word is one token."""
+    special = [QUERY_TOKEN, START_TOKEN][: 1 if model.config.get_text_config().bos_token_id is None else 2]
+    tokenizer = Tokenizer(models.WordLevel({}))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in [*catalogue.words, *special]])
+    tokenizer.decoder = decoders.Fuse()  # or decoding would put spaces between the words
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*special[1:], "$A", QUERY_TOKEN], special_tokens=list(enumerate(special, catalogue.S)))
+    roles = dict(zip(("pad_token", "bos_token"), special, strict=False))  # padding is masked: any will do
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **roles)
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=catalogue.L)  # no inherited one
+    return Policy(model, catalogue, cfg, tokenizer)
 
 
 def pretrained_policy(source, catalogue, cfg):
-    """Any decoder-only causal language model, of the hub or a folder, with the words that it lacks for Semantic IDs."""
-    T = (cfg.max_history + 1) * catalogue.L + 1  # start, history, question and the item but for its last token
+    """A causal language model, from the hub or a folder, with its vocabulary cut to Semantic IDs."""
+    T, kind = (cfg.max_history + 1) * catalogue.L + 1, ""  # of start, history, query and L - 1 tokens
+    torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
-        layers, window = set(getattr(config, "layer_types", None) or ["?"]), getattr(config, "sliding_window", None)
-        context = getattr(config, "max_position_embeddings", None) or T
-        odd = layers - {"?", "full_attention", "sliding_attention"}
-        for reason, holds in {
-            "an encoder-decoder": config.is_encoder_decoder,
-            "no attention (a state-space or recurrent model)": not hasattr(config, "num_attention_heads"),
-            f"layers of {', '.join(sorted(odd))}, not of attention alone": odd,
-            f"a sliding window of {window} tokens": window and window < T and layers & {"?", "sliding_attention"},
-            f"a context of {context} tokens": context < T,
-        }.items():
-            if holds:
-                raise BadInput(f"--model {source}: {config.model_type} with {reason} cannot grow a tree on prompts of "
-                               f"{T} tokens; take another, or a lower --max-history where a length is the reason")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        kind, context = f", a {config.model_type}", getattr(config, "max_position_embeddings", None) or T
+        if context < T:
+            raise ValueError(f"its context of {context} tokens is too short for {T}; lower --max-history")
+        files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
+        if not files or re.search("token|vocab", files):  # a folder without a tokenizer knows no word
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        if found["missing_keys"] or not tokenizer.get_vocab():
-            missing = sorted(found["missing_keys"])[:1] or ["a tokenizer with a vocabulary"]
-            raise ValueError(f"it lacks {missing[0]}")
-    except BadInput:
-        raise
-    except Exception as error:  # what a foreign folder can break is not a short list
-        raise BadInput(f"--model {source}: cannot be loaded ({first_line(error)}); expected a causal language model "
-                       "with config.json, tokenizer and weights in safetensors") from None
-    rows = sorted(set(tokenizer.get_vocab().values()))
-    new = tokenizer.convert_tokens_to_ids(learn_words(tokenizer, [*catalogue.words, ASK]))
-    if new:  # a word starts near the mean of the known ones: with half their spread SmolLM2 began worse than guessing
-        model.resize_token_embeddings(max(len(model.get_input_embeddings().weight), max(new) + 1), mean_resizing=False)
-        torch.manual_seed(cfg.seed)
-        tables = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
-        for table in {id(table): table for table in tables}.values():  # input and output may be one
-            known = table.data[rows]
-            table.data[new] = known.mean(0) + 0.1 * known.std(0) * torch.randn(len(new), known.shape[1])
-    for p in model.parameters():  # out of the file's memory: where that begins can decide a product's last digit
-        p.data = p.data.clone()
-    policy = Policy(model, catalogue, cfg, tokenizer)
-    check_tree(policy, source, cfg)
-    return policy
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if found["missing_keys"] or broken:
+            raise ValueError(f"{min(found['missing_keys'] or broken)} is missing, or not finite")
+        for p in model.parameters():  # out of the file's memory: its start can decide a last digit
+            p.data = p.data.clone()
+        return cut_vocabulary(model.eval(), known, catalogue, cfg)
+    except Exception as error:  # what can be wrong with a foreign model is not a short list
+        raise UserError(f"--model {source}{kind}: {first_line(error)}; expected a decoder-only model of "
+                        "plain attention, folder or hub name, with config.json and safetensors") from None
+
+
+def tables_of(model):
+    """All that has a row for each word: embeddings, the head unless it is the same, its bias if any."""
+    head = model.get_output_embeddings()
+    found = model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)
+    return list(dict.fromkeys(x for x in found if x is not None))
 
 
 @torch.no_grad()
-def check_tree(policy, source, cfg):
-    """A tree must say what plain passes over whole sequences say; whatever is not attention alone fails here."""
-    dice, N, H, half = torch.Generator().manual_seed(0), policy.catalogue.N, cfg.max_history, policy.half
-    history, item = (torch.randint(N, (2, n), generator=dice).to(cfg.device) for n in (H, 2))
-    history[1, : H // 2] = -1
-    tokens = policy.catalogue.tokens[item]  # (2, 2, L)
-    policy.half = False
-    try:
-        prompt = policy.read(history)
-        trees = grow(policy, prompt, given(tokens))[1], score(policy, prompt, tokens)
-        for row in range(2):
-            said = policy.vocabulary[policy.catalogue.tokens[history[row][history[row] >= 0]]].flatten()
-            prompt = torch.cat([policy.start, said, policy.ask])
-            for branch in range(2):
-                ids = torch.cat([prompt, policy.vocabulary[tokens[row, branch, :-1]]])
-                logits = policy.model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, len(prompt) - 1 :]
-                plain = logits[:, policy.vocabulary].log_softmax(-1).gather(1, tokens[row, branch].unsqueeze(1))[:, 0]
-                if not all((plain - tree[row, branch]).abs().max() < 1e-3 for tree in trees):
-                    raise ValueError("its probabilities there are not those of the whole sequence")
-    except Exception as error:
-        raise BadInput(f"--model {source}: {policy.model.config.model_type} cannot grow a tree on a prompt "
-                       f"({first_line(error)}); take a model of plain attention") from None
-    finally:
-        policy.half = half
+def cut_vocabulary(model, known, catalogue, cfg):
+    """Cut table and head to the words of a policy. known: word -> its row today. Returns the Policy, checked.
 
-
-def supervise(policy, batch):
-    """Read the prompts; and how likely the truth is, (B, L) log-probabilities with gradient.
-
-    One pass over prompt and truth says both: what comes later changes nothing before it, and is cut off again.
+    A known word brings its row along. A new one starts near the mean of the model's words: with half of their
+    spread, SmolLM2 began worse than guessing. The model's text words are given up (see docs/models.md).
     """
-    target = policy.catalogue.tokens[batch.target]
-    cache, visible, logp, words = policy.read(batch.history, target[:, :-1])  # the last token predicts nothing
-    T = visible.shape[1] - target.shape[1] + 1
-    prompt = Trunk([(k[:, :, :T], v[:, :, :T]) for k, v in cache], visible[:, :T], logp[:, :1], words)
-    return prompt, logp.gather(-1, target.unsqueeze(-1))[..., 0]
+    tables, generator = tables_of(model), torch.Generator().manual_seed(cfg.seed)
+    size, S, L = len(tables[0]), catalogue.S, catalogue.L
+    known = {word: row for word, row in known.items() if row is not None and row < size}
+    words = [*catalogue.words, QUERY_TOKEN, *([START_TOKEN] if START_TOKEN in known else [])]
+    V, text = len(words), sorted(set(known.values())) or range(size)
+
+    def around_the_mean(spread):
+        noise = (torch.randn(V, *table.shape[1:], generator=generator) for table in tables)
+        return [x[text].mean(0) + spread * x[text].std(0) * e for x, e in zip(tables, noise, strict=True)]
+
+    def fill(new, places=slice(None)):
+        for table, rows in zip(tables_of(model), new, strict=True):
+            table[places] = rows
+
+    true, old = around_the_mean(0.1), {i: known[word] for i, word in enumerate(words) if word in known}
+    for table, rows in zip(tables, true, strict=True):
+        rows[[*old]] = table[[*old.values()]]
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
+        config.pad_token_id = config.eos_token_id = None  # the row of a padding token would get no gradient
+        config.bos_token_id = V - 1 if START_TOKEN in known else None
+
+    # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
+    # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
+    # alike, which would hide faults: until it has passed, rows are as far apart as in a trained model.
+    apart = around_the_mean(1.0)
+    model.resize_token_embeddings(max(size, V), mean_resizing=False)
+    places = torch.randperm(max(size, V), generator=generator)[:V]
+    fill(apart, places)
+    sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
+    history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
+    history[1, : cfg.max_history // 2] = -1
+    tokens = catalogue.tokens.cpu()
+    for past, some in zip(history, tokens[item[:, :2]], strict=True):  # two items (2, L) of each tree
+        prompt = torch.tensor([*range(S + 1, V), *tokens[past[past >= 0]].flatten(), S]).expand(len(some), -1)
+        ids = places[torch.cat([prompt, some[:, :-1]], 1)]
+        plain.append(model(input_ids=ids, use_cache=False).logits[:, -L:, places].log_softmax(-1))
+    plain = torch.stack(plain)  # (2, 2, L, V)
+    model.resize_token_embeddings(V, mean_resizing=False)
+    model.get_input_embeddings().padding_idx = None
+    fill(apart)
+    policy = Policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
+    prompt, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
+    expected = plain.gather(-1, tokens[:, :2, :, None].cpu())[..., 0]
+    tree = tree_decode(policy, prompt, teacher_forcing(tokens))[1]
+    found = torch.stack([tree, sequence_logp(policy, prompt, tokens)])[:, :, :2].cpu()
+    error = ((found - expected).abs().max() / plain.std()).item()
+    if not error < 1e-3:
+        raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
+    fill(true)
+    return make_policy(model, catalogue, cfg)
+# == Part III: the workshop ==================================================================================
 
 
-def from_the_start(order, phase, learner, dice):
-    """Every step of a phase; `Checkpoints.steps` is the same for runs that can be stopped."""
-    return enumerate(order)
+class UserError(ValueError):
+    """What was given cannot work: one line that says what, where and how to mend it."""
 
 
-def train_sft(policy, prompts, cfg, log, steps=from_the_start, after=lambda step: None):
-    """The base policy: the mean NLL of the next item (eq. 2), nothing else. `after` each step, someone may look."""
-    B = cfg.sft_batch_size
-    learner = Learner(policy.model, cfg.sft_lr, cfg.sft_steps)
-    order = batches(len(prompts.target), B, cfg.sft_steps, stream(cfg.seed, "sft"))
-    for step, rows in progress(steps(order, "sft", learner, {}), "sft", len(order)):
-        batch, nll = prompts.rows(rows.to(cfg.device)), []
-        for part in shares(B, cfg.micro_batch_size):
-            _, target_logp = supervise(policy, batch.rows(part))
-            nll.append(core.nll_loss(target_logp))
-            (nll[-1].sum() / B).backward()
-        norm, lr = learner.step()
-        log(phase="sft", step=step + 1, lr=lr, nll=gather(nll).mean(), gradient_norm=norm)
-        after(step + 1)
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
-# == 6. The step: roll out, score, judge, learn =======================================================================
+def make_generator(seed, purpose, device="cpu"):
+    """A generator for each purpose: drawing more in one place changes nothing anywhere else."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
-class Method(NamedTuple):
-    supervised: bool  # is the NLL there?
-    admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets the GRPO term; None: no rollouts
+def batches(n, size, steps, generator):
+    """(steps, size) row numbers: all n in random order, and again, until there are enough."""
+    rounds = [torch.randperm(n, generator=generator) for _ in range(steps * size // n + 1)]
+    return torch.cat(rounds)[: steps * size].view(steps, size)
 
 
-def everyone(difficult, reliable, batch, generator):
-    return torch.ones_like(difficult)
+def progress(steps, name):
+    return tqdm(steps, name, leave=False, mininterval=0.5, dynamic_ncols=True, disable=rank() > 0 or None)
 
 
-def at_random(difficult, reliable, batch, generator):
-    """As many as AdaGRPO would admit of this batch, but whichever."""
-    admitted = core.sample_clip(difficult, reliable)
-    return admitted[torch.randperm(len(admitted), generator=generator, device=admitted.device)]
+# -- processes (torchrun): all draw the random numbers of the whole batch, and each runs its own rows.
+# What they gather is what one process would have: gate, negatives and metrics are of the whole batch.
 
 
-METHODS = {
-    "nll": Method(True, None),  # the control that the paper lacks
-    "grpo": Method(False, everyone),
-    "grpo+nll": Method(True, everyone),
-    "adagrpo-d": Method(True, lambda difficult, reliable, *_: difficult),
-    "adagrpo-r": Method(True, lambda difficult, reliable, *_: reliable),
-    "adagrpo": Method(True, lambda difficult, reliable, *_: core.sample_clip(difficult, reliable)),
-    "random-gate": Method(True, at_random),
-}
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def roll_out(policy, batch, parts, K, generator, everyone_learns=False):
-    """K samples of each prompt and how likely the truth is, (B, K, L) tokens and log-probabilities and (B, L).
-
-    Also the graph to learn from: of prompts and truth, and of the samples if everyone will learn from his. That is of
-    the only micro-batch. Of several none is kept, to save memory.
-    """
-    pieces, dice, keep = [], generator.get_state(), len(parts) == 1
-    for part in parts:
-        with torch.set_grad_enabled(keep):
-            prompt, target_logp = supervise(policy, batch.rows(part))
-        with torch.set_grad_enabled(keep and everyone_learns):
-            generator.set_state(dice)  # every micro-batch draws the same numbers, the whole batch's
-            tokens, logp = grow(policy, prompt, sample(K, generator, part, len(batch.target)))
-        pieces.append((tokens, logp.detach(), target_logp.detach()))
-    graph = (prompt, target_logp, logp if everyone_learns else None) if keep else None
-    return *map(gather, zip(*pieces, strict=True)), graph
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def train_rl(policy, reward, prompts, cfg, name, log, steps=from_the_start, other=None):
-    """Post-train `policy` in place by method `name`; yields the step's number after each, for evaluations between.
-
-    `steps` counts them and may leave out what a checkpoint has; `other` draws negatives that are no rollouts.
-    """
-    method = METHODS[name]
-    catalogue, B, K = policy.catalogue, cfg.batch_size, cfg.group_size
-    learner = Learner(policy.model, cfg.lr if method.supervised else cfg.grpo_lr, cfg.rl_steps * cfg.updates)
-    # The order of prompts depends on the seed alone, so that every method sees the same prompts in the same order.
-    order = batches(len(prompts.target), B, cfg.rl_steps, stream(cfg.seed, "order")).to(cfg.device)
-    dice = {use: stream(cfg.seed, use, cfg.device) for use in ("rollouts", "negatives", "random gate")}
-    parts = shares(B, cfg.micro_batch_size)  # the rows of a batch that this process runs, a micro-batch at a time
-
-    for step, rows in steps(order, name, learner, dice):
-        batch = prompts.rows(rows)
-        chosen = [()] * len(parts)
-        for update in range(cfg.updates):
-            graph = None
-            if update == 0 and method.admit:
-                # -- roll out: K samples of each prompt, from the policy as it is -----------------------------------
-                rollouts, old_logp, target_logp, graph = roll_out(policy, batch, parts, K, dice["rollouts"],
-                                                                  method.admit is everyone)
-                items = catalogue.item(rollouts)  # (B, K)
-
-                # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ------------
-                if other:
-                    negatives = other(batch.history, batch.target, cfg.negatives, dice["negatives"])  # (B, M)
-                else:
-                    keys = torch.rand(B, B * K, generator=dice["negatives"], device=items.device)
-                    negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
-                pool = torch.cat([items, batch.target.unsqueeze(1), negatives], 1)
-                scores, named = ask(reward, batch.history, pool, slice(parts[0].start, parts[-1].stop))
-                rewards, target_reward, negative_rewards = scores[:, :K], scores[:, K], scores[:, K + 1 :]  # and (B, M)
-
-                # -- judge: is it difficult for the policy (eq. 7), does the ranker know (eq. 9)? -------------------
-                # A rollout that repeats the truth ties with it; two passes round differently, so say so.
-                likely, truth = core.length_normalized(old_logp), -core.nll_loss(target_logp)  # (B, K) and (B,)
-                likely = torch.where(items == batch.target.unsqueeze(1), truth.unsqueeze(1), likely)
-                difficult = core.difficulty(truth, likely, tau=cfg.tau)  # (B,)
-                reliable = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
-                admitted = method.admit(difficult, reliable, batch, dice["random gate"])
-                advantages = core.group_advantages(rewards)  # (B, K)
-                # Who is not admitted (with adagrpo nine in ten) needs no gradient through its rollouts: left out.
-                # To know who, the host waits for the GPU, here and nowhere else between rollout and update.
-                who = admitted.tolist()
-                chosen = [torch.tensor([b for b in range(part.start, part.stop) if who[b]], dtype=torch.long,
-                                       device=items.device) for part in parts]
-
-            # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) ------------------------
-            learnt = []
-            for part, mine in zip(parts, chosen, strict=True):
-                prompt, target_logp, logp = graph or (*supervise(policy, batch.rows(part)), None)
-                nll = core.nll_loss(target_logp)  # of the part's prompts
-                loss = nll.sum() / B if method.supervised else 0.0 * nll.sum()
-                grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)
-                if len(mine):
-                    if logp is None:  # else everyone is admitted, and sampling has left the graph
-                        logp = score(policy, prompt.rows(mine - part.start), rollouts[mine])
-                    gain = core.grpo_loss(logp, old_logp[mine], advantages[mine], epsilon=cfg.epsilon)
-                    loss = loss + cfg.lam * gain.sum() / B  # by B, not by the number admitted: eq. 5
-                    grpo[mine - part.start] = gain.detach()
-                    ratio[mine - part.start] = (logp.detach() - old_logp[mine]).exp().mean((1, 2))
-                loss.backward()
-                learnt.append(torch.stack([nll.detach(), grpo, ratio], 1))
-            norm, lr = learner.step()
-
-        nll, grpo, ratio = gather(learnt).unbind(1)
-        extra = {}
-        if method.admit:
-            extra = diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg) | named
-            extra |= dict(grpo=grpo.sum() / B, ratio=ratio.sum() / sum(who) if any(who) else 1.0,
-                          bad_scores=1 - scores.isfinite().float().mean())
-        log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **extra, gradient_norm=norm)
-        yield step + 1
+def local_micro_batches(B, size):
+    """Slices of the B rows that this process runs, `size` at a time; 0: all of them at once."""
+    n = B // world_size()
+    start, stop, size = rank() * n, (rank() + 1) * n, size or n
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
-    """What to look at when training goes wrong; docs/metrics.md defines each."""
-    nothing = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker suppresses
-    prominent = core.reliability(target_reward, rewards, nothing, tau=cfg.tau, rho=cfg.rho)
-    same = (rollouts.unsqueeze(1) == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
-    share = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult, not_prominent=~prominent,
-                 not_suppressed=prominent & ~reliable, zero_spread=(rewards == rewards[:, :1]).all(1),
-                 duplicate_rollouts=same.tril(-1).any(-1), invalid_rollouts=items < 0)
-    return dict(reward=rewards.mean(), reward_spread=rewards.std(1).mean(),
-                **{name: which.float().mean() for name, which in share.items()})
+def rows_of(which, parts):
+    """Where `which` (B,) is true: row numbers, a tensor for each part of the batch."""
+    yes = which.tolist()
+    rows = [[b for b in range(part.start, part.stop) if yes[b]] for part in parts]
+    return [torch.tensor(x, dtype=torch.long, device=which.device) for x in rows]
 
 
-# == 7. Evaluation ====================================================================================================
+def gather(pieces):
+    """The rows of this process, in pieces -> those of the whole batch."""
+    local = torch.cat(pieces)
+    if not dist.is_initialized():
+        return local
+    found = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(found, local)
+    return torch.cat(found)
 
 
-@torch.no_grad()
-def evaluate(policy, ranker, prompts, cfg):
-    """Beam search on every prompt. Returns the metrics, and per prompt what they are the means of."""
-    parts = []
-    dice = stream(cfg.seed, "evaluation", cfg.device)
-    everyone = torch.arange(len(prompts.target), device=cfg.device)
-    for rows in progress(everyone.split(cfg.eval_batch_size), "evaluate"):
-        part = prompts.rows(rows)
-        prompt = policy.read(part.history)
-        beams, _ = grow(policy, prompt, beam(cfg.beam_width))
-        samples, _ = grow(policy, prompt, sample(8, dice))
-        item = policy.catalogue.item(beams)  # (B, W), most likely first
-        valid, hit = item >= 0, item == part.target.unsqueeze(1)
-        place = valid.cumsum(1)  # among the valid beams, from 1
-        found = hit.any(1)
-        rank = torch.where(found, place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0], 10**9)
-        each = {f"hr@{k}": rank <= k for k in (1, 10, 50)}
-        each["ndcg@10"] = torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0)
-        for head, p in ranker.probabilities(part.history, item).items():
-            for k in (1, 10, 50):
-                each[f"{head}_reward@{k}"] = (p * (place <= k)).max(1).values
-        each["hallucination"] = 1 - valid.float().mean(1)
-        each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
-        parts.append({k: v.float() for k, v in each.items()} | {"rank": rank, "item": item})
-    each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return {key: value.mean().item() for key, value in each.items() if key not in ("rank", "item")}, each
+class Optimizer:
+    """AdamW, decaying linearly to 2 %; gradients are summed over processes if shared, then clipped to 1."""
+
+    def __init__(self, module, lr, steps, shared=True):
+        self.parameters, self.shared = list(module.parameters()), shared and dist.is_initialized()
+        self.adamw = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.adamw, 1.0, 0.02, max(1, steps))
+
+    def step(self, where, **watched):
+        """Returns norm before clipping and learning rate. No weight moves if `watched` is not finite."""
+        lr = self.schedule.get_last_lr()[0]
+        for parameter in self.parameters if self.shared else ():
+            if parameter.grad is None:  # not used by the rows of this process, but perhaps by others
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+        watched["gradient norm"] = norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        finite = torch.stack([x.isfinite().all() for x in watched.values()]).tolist()
+        if not all(finite):
+            fault = f"the {list(watched)[finite.index(False)]} is not finite"
+            raise UserError(f"{where}: {fault}; give each item a number, or lower the learning rate")
+        self.adamw.step()
+        self.schedule.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm, lr
 
 
-# == 8. The command line and the report ===============================================================================
+# -- what a run writes ---------------------------------------------------------------------------------------
 
 
-class Journal:
-    """metrics.jsonl: a line for every step and every evaluation, written as it happens; --log-to hears it too.
+class MetricsLog:
+    """metrics.jsonl: a row for each step and each evaluation; `rows` may hold some already."""
 
-    machine.jsonl is its neighbour for what no seed decides: seconds and memory. A resumed run keeps the first `size`
-    bytes of the one, those that its checkpoint knows of, and appends to the other.
-    """
-
-    def __init__(self, out, cfg, size=0):
-        self.rows, self.file, self.sink = [], None, open_sink(out, cfg)
-        self.device, self.last = cfg.device, time.perf_counter()
-        path = out / "metrics.jsonl"
-        if size:
-            text = path.read_bytes()[:size] if path.is_file() else b""
-            if len(text) < size:
-                raise BadInput(f"{path}: lines are missing that were there at the last checkpoint; {START_ANEW}")
-            self.rows = [json.loads(line) for line in text.splitlines()]
-        if rank() == 0:
-            self.file, self.machine = path.open("ab"), (out / "machine.jsonl").open("a")
-            self.file.truncate(size)
+    def __init__(self, out, cfg, rows):
+        self.path = out / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
+        self.rows, self.device, self.last, self.track = rows, cfg.device, time.perf_counter(), None
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if rank() == 0 and cfg.log_to == "tensorboard":
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+            self.track = lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
+        elif rank() == 0 and cfg.log_to:  # wandb and trackio count rows; our step is one of the numbers
+            library = importlib.import_module(cfg.log_to)
+            library.init(project="nanoadagrpo", name=out.name, config=dataclasses.asdict(cfg))
+            self.track = lambda numbers, step: library.log(numbers)
 
     def __call__(self, **row):
         # All the numbers of a step cross from the GPU at once, after its work has been queued.
-        numbers = {key: value.detach().float() for key, value in row.items() if torch.is_tensor(value)}
+        numbers = {key: x.detach().float() for key, x in row.items() if torch.is_tensor(x)}
         if numbers:
             row |= zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True)
+        row["seconds"], self.last = round(time.perf_counter() - self.last, 4), time.perf_counter()
+        if self.device.startswith("cuda"):  # GiB, since the last row
+            row["memory"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.rows.append(row)
-        if self.file:
-            self.file.write(json.dumps(row).encode() + b"\n")
-            self.file.flush()
-            now, where = time.perf_counter(), {k: row[k] for k in ("phase", "method", "step") if k in row}
-            used = dict(seconds=round(now - self.last, 4), memory=peak_memory(self.device))
-            self.machine.write(json.dumps(where | used) + "\n")
-            self.machine.flush()
-            self.sink(row | used)
-            self.last = now
-
-    def found(self, phase, method=None):
-        """What was measured in these rows."""
-        mine = [row for row in self.rows if row["phase"] == phase and method in (None, row["method"])]
-        return [{key: x for key, x in row.items() if key not in ("phase", "method", "step")} for row in mine]
-
-    def saved(self):
-        """How many bytes are safely on the disk."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with self.path.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self.track:
+            name = "/".join(row[key] for key in ("phase", "method") if key in row)
+            self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
 
 
-def peak_memory(device):
-    """GiB: of a GPU, at most since the last line; of a CPU, what the whole process has held at most."""
-    if device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    elif importlib.util.find_spec("resource") is None:  # Windows
-        return None
-    else:
-        usage = importlib.import_module("resource")
-        peak = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round(peak / 2**30, 3)
-
-
-def open_sink(out, cfg):
-    """Where --log-to sends the numbers of a line; a library is imported only if it was asked for."""
-    if not cfg.log_to or rank() > 0:
-        return lambda row: None
-    if cfg.log_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(out / "tensorboard")
-    else:
-        library = importlib.import_module(cfg.log_to)
-        library.init(project="nanoadagrpo", name=out.name, config=dataclasses.asdict(cfg))
-
-    def send(row):
-        step, name = row["step"], "/".join(row[key] for key in ("phase", "method") if key in row)
-        numbers = {f"{name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
-        if cfg.log_to == "tensorboard":
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
-        else:
-            library.log(numbers)  # these libraries count lines themselves; the step is one of the numbers
-
-    return send
-
-
-START_ANEW = "it cannot be resumed; begin again with --config and its config.json"
+def weights(module):
+    """{name: tensor}, tied ones once."""
+    once = {x: name for name, x in module.state_dict(keep_vars=True).items()}
+    return {name: x.detach() for x, name in once.items()}
 
 
 class Checkpoints:
-    """RUN/checkpoints/: all that a run needs to go on: model, optimizer, schedule, dice, and how far it was.
+    """RUN/checkpoint-ROWS-CHECKSUM.safetensors: all that a run needs to go on, in one file without pickle.
 
-    A checkpoint is written beside its place, forced to the disk, and renamed when whole; only then the one before it
-    goes. So a kill at any moment leaves a whole one, or none yet. No pickle: safetensors and JSON.
+    It is written beside its place, forced to the disk and renamed; only then the one before it goes. So a run
+    that is killed at any moment has a whole one, or none yet. The checksum in its name shows later damage.
     """
 
-    def __init__(self, folder, cfg):
-        self.folder, self.every, self.policy, self.base = folder, cfg.save_every, None, {}
-        self.state, self.tensors = {}, {}
-        self.newest = (self.whole() or [None])[-1]
-        if self.newest:
+    def __init__(self, out, cfg, data):
+        self.out, self.state, self.base = out, {}, {}
+        content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
+        for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log):
+            content.update(b"" if x is None else x.cpu().numpy().tobytes())
+        self.origin = {"set of data": content.hexdigest(), "number of processes": world_size()}
+        if cfg.resume and self.files():
+            path = self.files()[-1]
             try:
-                self.state = json.loads((self.newest / "state.json").read_text())
-                self.tensors = load_file(self.newest / "state.safetensors", cfg.device)
-                self.tensors = {key: x.clone() for key, x in self.tensors.items()}  # see pretrained_policy
-                _ = [self.state[key] for key in ("phase", "step", "bytes", "groups", "schedule")]
+                if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
+                    raise ValueError("its checksum is not that in its name")
+                # Copies: where a tensor begins in the file's memory can decide a product's last digit.
+                tensors = {key: x.clone() for key, x in load_file(path, cfg.device).items()}
+                self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
+                    tensors[x["tensor"]] if "tensor" in x else x))
+                self.base = self.state["base"]
+                for key, x in self.origin.items():
+                    if x != self.state["origin"][key]:
+                        raise ValueError(f"the run was begun with another {key}")
             except Exception as error:  # a disk can do anything to a file
-                raise BadInput(f"{self.newest}: damaged ({first_line(error)}); {START_ANEW}") from None
-            self.base = {key[5:]: x for key, x in self.tensors.items() if key.startswith("base.")}
+                raise UserError(f"{path}: {first_line(error)}; mend that, or begin a new run") from None
 
-    def whole(self):
-        """Oldest first."""
-        return sorted(path for path in self.folder.glob("*") if path.suffix != ".partial")
+    def files(self):
+        return sorted(self.out.glob("checkpoint-*.safetensors"))  # oldest first
 
-    def at(self, phase):
-        """Did the run stop in this phase, and has not gone on yet?"""
-        return self.state.get("phase") == phase
-
-    def steps(self, order, phase, learner, dice):
-        """(step, rows) of the phase's steps that are still to be done; saves every so often and after the last."""
-        done = self.restore(learner, dice) if self.at(phase) else 0
-        for step in range(done, len(order)):
-            if self.every and step > done and step % self.every == 0:
-                self.save(phase, step, learner, dice)
-            yield step, order[step]
-        if self.every and len(order) > done:
-            self.save(phase, len(order), learner, dice)
-
-    def restore(self, learner, dice):
-        state, memory = self.state, {}
-        for name, x in self.tensors.items():
-            kind, key = name.split(".", 1)
-            if kind == "dice":
-                dice[key].set_state(x.cpu())
-            elif kind == "optimizer":
-                index, key = key.split(".")
-                memory.setdefault(int(index), {})[key] = x
-        learner.optimizer.load_state_dict({"state": memory, "param_groups": state["groups"]})
-        learner.schedule.load_state_dict(state["schedule"])
-        self.state = self.tensors = {}
+    def restore(self, phase, optimizer, generators):
+        """The step at which to begin; in the phase in which the run stopped, with all as it was."""
+        if phase != self.state.get("phase"):
+            return 0
+        state, self.state = self.state, {}
+        for use, x in state["generators"].items():
+            generators[use].set_state(x.cpu())
+        memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
+        optimizer.adamw.load_state_dict(state["adamw"] | {"state": memory})
+        optimizer.schedule.load_state_dict(state["schedule"])
         return state["step"]
 
-    def save(self, phase, step, learner, dice):
-        if rank() > 0:
-            return
-        older = self.whole()
-        place = self.folder / f"{1 + int(older[-1].name if older else 0):08d}"
-        partial = place.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.policy.save(partial)
-        memory = learner.optimizer.state_dict()
-        tensors = {f"optimizer.{i}.{key}": x for i, one in memory["state"].items() for key, x in one.items()}
-        tensors |= {f"dice.{use}": generator.get_state() for use, generator in dice.items()}
-        save_file(tensors | {f"base.{name}": x for name, x in self.base.items()}, partial / "state.safetensors")
-        state = dict(phase=phase, step=step, bytes=self.log.saved(), groups=memory["param_groups"],
-                     schedule=learner.schedule.state_dict())
-        (partial / "state.json").write_text(json.dumps(state))
-        for path in [*partial.iterdir(), partial]:
-            force(path)
-        partial.rename(place)
-        force(self.folder)
+    def save(self, policy, rows, phase, step, optimizer, generators):
+        older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
+
+        def number(tensor):
+            tensors[str(len(tensors))] = tensor
+            return {"tensor": str(len(tensors) - 1)}
+
+        generators = {use: generator.get_state() for use, generator in generators.items()}
+        state = dict(phase=phase, step=step, origin=self.origin, rows=rows, generators=generators,
+                     base=self.base, policy=weights(policy.model), model=policy.model.config.to_dict(),
+                     adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
+        text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
+        tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
+        try:
+            save_file(tensors, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            partial.rename(self.out / f"checkpoint-{len(rows):010d}-{checksum}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)
         for path in older:
-            shutil.rmtree(path)
-
-    def remove(self):
-        """The run is complete."""
-        if rank() == 0 and self.folder.exists():
-            gone = self.folder.with_suffix(".partial")
-            self.folder.rename(gone)
-            shutil.rmtree(gone)
-
-
-def force(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+            path.unlink()
 
 
 COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
@@ -1415,14 +1184,12 @@ COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %"
 
 def table(results):
     """The paper's Table 4 as Markdown."""
-    rows = [["method", *COLUMNS]]
+    titles = ["method".ljust(11), *COLUMNS]
+    rows = [titles, ["-" * 11, *("-" * (len(title) - 1) + ":" for title in COLUMNS)]]
     for name, row in results.items():
         cells = [(row.get(key), 100 if "%" in title else 1) for title, key in COLUMNS.items()]
-        rows.append([name, *("" if x is None else f"{x * scale:.{2 if scale > 1 else 3}f}" for x, scale in cells)])
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, [f"{'-' * (w - 1)}{':' if i else '-'}" for i, w in enumerate(width)])
-    adjusted = [[f"{cell:{'>' if i else '<'}{width[i]}}" for i, cell in enumerate(row)] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in adjusted)
+        rows.append([name.ljust(11), *("" if x is None else f"{x * n:.{3 - (n > 1)}f}" for x, n in cells)])
+    return "\n".join(f"| {' | '.join(map(str.rjust, row, map(len, titles)))} |" for row in rows)
 
 
 def picture(rows, path):
@@ -1430,203 +1197,255 @@ def picture(rows, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    colours = dict(zip(METHODS, ["k", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73"], strict=True))
-    panels = {"HR@10 (%)": ("valid", "hr@10", 100), "hallucination (%)": ("valid", "hallucination", 100),
-              "ranker's p(click), best of 10": ("valid", "click_reward@10", 1), "admitted (%)": ("rl", "admitted", 100)}
-    trained = dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl")
+    panels = {"validation HR@10 (%)": ("valid", "hr@10", 100), "admitted (%)": ("rl", "admitted", 100),
+              "validation hallucination (%)": ("valid", "hallucination", 100),
+              "validation p(click), best of 10": ("valid", "click_reward@10", 1)}
     for axes, (title, (phase, key, scale)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        for method in trained:
+        for method in dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl"):
             mine = [row for row in rows if row["phase"] == phase and row["method"] == method and key in row]
-            x, y = [row["step"] for row in mine], [row[key] * scale for row in mine]
-            if phase == "rl":  # one batch admits in steps of 1/B: show the mean of the last twenty
-                y = [np.mean(y[max(0, i - 19) : i + 1]) for i in range(len(y))]
-            axes.plot(x, y, label=method, color=colours.get(method), lw=2.5 if method == "adagrpo" else 1.2)
+            y, n = [row[key] * scale for row in mine], 20 if phase == "rl" else 1  # a batch admits in 1/B
+            means = [np.mean(y[max(0, i + 1 - n) : i + 1]) for i in range(len(y))]
+            axes.plot([row["step"] for row in mine], means, label=method)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=130)
+
+
+# -- a run ---------------------------------------------------------------------------------------------------
 
 
 def run(cfg):
     """Everything, from the data to the report; returns {method: metrics}."""
-    began = time.time()
-    disable_progress_bar()  # of saving; ours stay
-    # With several threads, sums into the same place (the gradient of an index) would come in any order otherwise.
+    transformers.utils.logging.disable_progress_bar()  # of saving; ours stay
+    # With several threads, sums into one place (the gradient of an index) would come in any order otherwise.
     torch.use_deterministic_algorithms(cfg.device == "cpu", warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    out = Path(cfg.resume) if cfg.resume else new_folder(cfg)
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     reward = own_reward(cfg) if cfg.reward else None
-    checkpoints = Checkpoints(out / "checkpoints", cfg)
-    source = checkpoints.newest or cfg.model
-    policy = pretrained_policy(source, data.catalogue, cfg) if source else tiny_policy(data.catalogue, cfg)
-    other = own_negatives(data.catalogue, cfg)
-    if cfg.resume and not checkpoints.newest:
-        say(f"{out}: no checkpoint was made, or it is gone; beginning with the first step again")
-    if not cfg.resume:
-        make_folder(out, cfg)  # only now: what is refused leaves nothing behind
-    checkpoints.policy, checkpoints.log = policy, Journal(out, cfg, checkpoints.state.get("bytes", 0))
-    log = checkpoints.log
-    say(f"{data.catalogue.N} items, {len(data.sft.target)} prompts for SFT, {len(data.rl.target)} for RL; see {out}")
+    if reward:  # about two rows, so that its faults show before the supervised steps
+        reward_of(reward, data.rl.history[:2], data.rl.target[:2][:, None], [slice(0, 2)])
+    policy = None  # in the checkpoint, or else new: what is refused leaves no folder behind
+    if not (cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))):
+        new = functools.partial(pretrained_policy, cfg.model) if cfg.model else tiny_policy
+        policy = new(data.catalogue, cfg)
+    out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
+    with locked(out, rows):
+        checkpoints = Checkpoints(out, cfg, data)
+        if policy is None:  # --model's folder is no longer needed
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoints.state["model"]))
+            model.load_state_dict(checkpoints.state["policy"], strict=False)  # tied weights are there once
+            policy, rows[:] = make_policy(model, data.catalogue, cfg), checkpoints.state["rows"]
+        if rank() == 0:
+            sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
+            print(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint", flush=True)
+        return train_and_report(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
 
+
+def train_and_report(policy, reward, data, cfg, log, checkpoints):
+    out, names, rows, began = checkpoints.out, methods(cfg) if cfg.rl_steps else [], log.rows, time.time()
     ranker = train_ranker(data.catalogue, data.log, cfg)
     reward = reward or make_reward(ranker, cfg)
-    names = methods(cfg)
-    test = subset(data.test, cfg.eval_prompts, cfg.seed, "test")
-    valid = subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")
+    prompts = {"test": subset(data.test, cfg.eval_prompts, cfg.seed, "test"),
+               "valid": subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")}
 
-    def look(step):
-        if cfg.sft_eval_every and (step % cfg.sft_eval_every == 0 or step == cfg.sft_steps):
-            log(phase="sft_valid", method="base", step=step, **evaluate(policy, ranker, valid, cfg)[0])
+    def measure(phase, method, step, **more):
+        log(phase=phase, method=method, step=step, **evaluate(policy, ranker, prompts[phase], cfg)[0], **more)
 
-    if not any(map(checkpoints.at, names)):
-        train_sft(policy, data.sft, cfg, log, checkpoints.steps, look)
-    base = checkpoints.base or {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    def numbers(row):
+        return {k: x for k, x in row.items() if k not in ("phase", "method", "step", "seconds", "memory")}
+
+    def on_step(phase, step, *state):
+        last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
+        if phase != "sft" and (last or step % cfg.eval_every == 0):
+            measure("valid", phase, step)
+        if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
+            checkpoints.save(policy, rows, phase, step, *state)
+
+    def hooks(phase):
+        return functools.partial(checkpoints.restore, phase), functools.partial(on_step, phase)
+
+    if checkpoints.state.get("phase") not in names:
+        train_sft(policy, data.sft, cfg, log, *hooks("sft"))
+    base = checkpoints.base or {name: x.clone() for name, x in weights(policy.model).items()}
     checkpoints.base = base if len(names) > 1 else {}  # the others start from it
-    starts = (log.found("valid") or log.found("sft_valid")[-1:] or [evaluate(policy, ranker, valid, cfg)[0]])[0]
-    if not log.found("test", "base"):
-        log(phase="test", method="base", step=0, **evaluate(policy, ranker, test, cfg)[0])
-
-    for name in names:
-        if log.found("test", name):
-            continue
-        if not checkpoints.at(name):
-            for key, p in policy.model.named_parameters():
-                p.data.copy_(base[key])
-            log(phase="valid", method=name, step=0, **starts)
-        steps = train_rl(policy, reward, data.rl, cfg, name, log, checkpoints.steps, other)
-        for step in progress(steps, name, cfg.rl_steps):
-            if log.rows[-1].get("bad_scores"):
-                raise BadInput(f"--reward {cfg.reward or '(the ranker)'}: {log.rows[-1]['bad_scores']:.1%} of the "
-                               f"scores of step {step} are not finite; return a number for every item")
-            if step % cfg.eval_every == 0 or step == cfg.rl_steps:
-                log(phase="valid", method=name, step=step, **evaluate(policy, ranker, valid, cfg)[0])
-        admitted = [row.get("admitted", 0.0) for row in log.found("rl", name)]
-        metrics = evaluate(policy, ranker, test, cfg)[0] | {"admitted": float(np.mean(admitted))}
-        log(phase="test", method=name, step=cfg.rl_steps, **metrics)
+    tested = {row["method"] for row in rows if row["phase"] == "test"}
+    start = [evaluate(policy, ranker, prompts["valid"], cfg)[0]] if not tested else [
+        numbers(row) for row in rows if row["phase"] == "valid"]  # the first of these is of the base policy
+    if not tested:
+        measure("test", "base", 0)
+    for name in [name for name in names if name not in tested]:
+        if checkpoints.state.get("phase") != name:
+            policy.model.load_state_dict(base, strict=False)
+            log(phase="valid", method=name, step=0, **start[0])
+        train_rl(policy, reward, data.rl, cfg, name, log, *hooks(name))
+        mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
+        admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
+        measure("test", name, cfg.rl_steps, admitted=admitted)
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
-    results = {row["method"]: log.found("test", row["method"])[0] for row in log.rows if row["phase"] == "test"}
-    facts = (f"{len(test.target)} test prompts, beams of width {cfg.beam_width}; {time.time() - began:.0f} s in all, "
-             f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads")
+    results = {row["method"]: numbers(row) for row in rows if row["phase"] == "test"}
     if rank() == 0:
-        picture(log.rows, out / "dynamics.png")
-        page = [f"# {out.name}", f"`python nanoadagrpo.py {shlex.join(command(cfg))}`", table(results), facts,
-                "![training dynamics](dynamics.png)"]
-        (out / "report.partial").write_text("\n\n".join(page) + "\n")
+        if not names:
+            policy.save(out / "policy")
+        save_file(weights(ranker), out / "ranker.safetensors")
+        picture(rows, out / "dynamics.png")
+        given = [(to_flag(name), x) for name, x in dataclasses.asdict(cfg).items()
+                 if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
+        again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
+        machine = f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads"
+        tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
+        page = f"{table(results)}\n\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
+        (out / "report.partial").write_text(f"# {out.name}\n\n`python nanoadagrpo.py {again}`\n\n{page}\n"
+                                            "![training dynamics](dynamics.png)\n")
         (out / "report.partial").rename(out / "report.md")
-    checkpoints.remove()
-    say(f"\n{table(results)}\n\n{facts}\nreport, figure and policy: {out}")
+        for path in checkpoints.files():  # the run is complete
+            path.unlink()
+        print(f"\n{page}report, figure and policy: {out}")
     return results
 
 
-def say(text):
-    if rank() == 0:
-        print(text, flush=True)
+def make_folder(cfg):
+    """A new folder with config.json in it: it appears whole or not at all, and never over anything."""
+    name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
+    for i in itertools.count(1):
+        out = Path(name if i == 1 else f"{name}-{i}")
+        if rank() > 0:
+            return out
+        partial = out.parent / f".{os.getpid()}-{time.time_ns()}.partial"
+        created = [parent for parent in out.parents if not os.path.lexists(parent)]
+        try:
+            name.encode()  # what cannot be printed could not be reported either
+            if os.path.lexists(out):
+                raise FileExistsError("it exists already")
+            partial.mkdir(parents=True)
+            (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            return partial.rename(out)  # fails if another run has been faster
+        except (OSError, ValueError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if cfg.out or not os.path.lexists(out):
+                with contextlib.suppress(OSError, ValueError):
+                    for parent in created:
+                        parent.rmdir()
+                raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
 
 
-def new_folder(cfg):
-    """Where results go; never over anything."""
-    if cfg.out:
-        if rank() == 0 and Path(cfg.out).exists():
-            raise BadInput(f"--out {cfg.out}: exists already; name a new folder, or remove that one yourself")
-        return Path(cfg.out)
-    name = f"{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
-    paths = (Path("runs") / (name + (f"-{i}" if i > 1 else "")) for i in itertools.count(1))
-    return next(path for path in paths if not path.exists())
+@contextlib.contextmanager
+def locked(out, rows):
+    """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
+    with open(out / "config.json" if rank() == 0 else os.devnull) as file:
+        try:
+            if rank() == 0 and os.name == "posix":  # Windows has no such lock
+                fcntl = importlib.import_module("fcntl")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise UserError(f"--resume {out}: another process runs it; wait for it, or stop it") from None
+        except KeyboardInterrupt as stop:
+            last = [dict(step=0), *rows][-1]
+            after = f"{last.get('method', 'sft')}, step {last['step']}"
+            text = f"stopped after {after}; go on with --resume {out}"
+            raise KeyboardInterrupt(text, stop.args[1]) from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
 
 
-def make_folder(out, cfg):
-    """The folder appears with its config.json in it, or not at all."""
-    if rank() > 0:
-        return
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-        partial.rename(out)
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+# -- the command line ----------------------------------------------------------------------------------------
 
 
-def command(cfg):
-    """The flags that differ from the defaults: what to type to have the same again."""
+def methods(cfg):
+    """Their names, in the order in which they are run; each starts from the same base."""
+    names = cfg.method.split(",")
+    return list(METHODS) if "all" in names else names
+
+
+def to_flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_settings(cfg):
+    """Refuse what cannot work, alone or together, and name the flags that mend it."""
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if value != field.default and field.name not in ("out", "device", "resume"):
-            yield from [f"--{dashed(field.name)}", str(value)][: 1 if value is True else 2]
+        x, (low, high) = getattr(cfg, field.name), field.metadata["range"]
+        if isinstance(x, int | float) and not low <= x <= high:
+            raise UserError(f"{to_flag(field.name)} {x!s:.80}: must be finite, {low} or more, at most {high}")
+    names, B, K, M = methods(cfg), cfg.batch_size, cfg.group_size, cfg.negatives
+    for name in names:
+        if name not in METHODS or names.count(name) > 1:
+            hint = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, METHODS, 1))
+            raise UserError(f"--method {name:.80}: {hint}Choose from {', '.join(METHODS)}, all; each once")
+    try:  # the core knows which tau, rho and epsilon cannot work; ask it now, not after the supervised steps
+        if names != ["nll"]:
+            one = np.zeros((1, K))
+            core.group_advantages(one)
+            core.reliability(one[:, 0], one, one[:, : min(M, 1)], tau=cfg.tau, rho=cfg.rho)
+            core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
+            if M > (B - 1) * K:
+                raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "
+                                 "lower --negatives, or raise --batch-size to 2 or more")
+    except ValueError as error:
+        raise UserError(f"--tau {cfg.tau:g} --rho {cfg.rho:g} --epsilon {cfg.epsilon:g} --group-size {K} "
+                        f"--batch-size {B} --negatives {M}: {error}") from None
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"nanoadagrpo: {message}\n")
+        raise UserError(message)
 
 
 def parse(argv):
-    parser = Parser("nanoadagrpo", description=__doc__.split("\n\n")[0] + " Methods: " + ", ".join(METHODS) + ", all.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    about = f"{__doc__.splitlines()[0]} Methods: {', '.join(METHODS)}, all."
+    parser = Parser("nanoadagrpo", None, about, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
     for field in dataclasses.fields(Settings):
-        flag, text = f"--{dashed(field.name)}", field.metadata["help"]
-        if field.default is False:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
-    parser.add_argument("--config", default="", help="config.json of a run, to repeat it; flags given beside it win")
+        kind = dict(type=type(field.default), choices=field.metadata["known"] or None)
+        kind = dict(action="store_true") if field.default is False else kind
+        parser.add_argument(to_flag(field.name), default=field.default, help=field.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
-    saved = str(Path(given["resume"]) / "config.json") if given["resume"] else given["config"]
-    if saved:
-        parser.set_defaults(**read_config(saved, given["resume"]))
+    if given["resume"]:
+        out = Path(given["resume"])
+        try:
+            saved = json.loads((out / "config.json").read_text()) | dict(out="", resume="")
+            Settings(**saved)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{out}/config.json: {first_line(error)}; name a run of this version") from None
+        parser.set_defaults(**saved)
         given = vars(parser.parse_args(argv))
-    del given["config"]
+        free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
+        if changed := [to_flag(name) for name in saved if given[name] != saved[name] and name not in free]:
+            raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
+        if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
+            raise UserError(f"--resume {out}: this run is complete, see its report.md")
     cfg = Settings(**given)
-    if cfg.resume:
-        free = ("resume", "out", "device", "save_every", "log_to")  # what may differ from what was begun
-        other = [name for name, value in read_config(saved, cfg.resume).items()
-                 if getattr(cfg, name) != value and name not in free]
-        if other:
-            raise BadInput(f"--resume goes on as the run was begun; leave out --{', --'.join(map(dashed, other))}")
-        if (Path(cfg.resume) / "report.md").exists() and not (Path(cfg.resume) / "checkpoints").exists():
-            raise BadInput(f"--resume {cfg.resume}: this run is complete, see its report.md")
     if cfg.toy == bool(cfg.data):
-        raise BadInput("say either --toy or --data DIR" + (", not both" if cfg.toy else ""))
+        raise UserError("say either --toy or --data DIR, not both")
     if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
-        raise BadInput(f"--log-to {cfg.log_to}: not installed; pip install {cfg.log_to}")
-    crew = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says so
-    for name in ("sft_batch_size", "batch_size"):
-        if getattr(cfg, name) % crew:
-            raise BadInput(f"--{dashed(name)} {getattr(cfg, name)}: {crew} processes cannot share it equally")
-    if cfg.device == "auto":
-        cfg = dataclasses.replace(cfg, device="cuda" if torch.cuda.is_available() else "cpu")
-    if crew > 1 and cfg.device.startswith("cuda"):
-        cfg = dataclasses.replace(cfg, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        raise UserError(f"--log-to {cfg.log_to}: not installed; pip install {cfg.log_to}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says so
+    if cfg.sft_batch_size % processes or cfg.batch_size % processes:
+        sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"
+        raise UserError(f"{sizes}: {processes} processes cannot share them equally")
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if processes > 1 and device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {cfg.device}: {first_line(error)}") from None
-    return cfg
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device has faults of its own
+        raise UserError(f"--device {device}: {first_line(error)}") from None
+    return dataclasses.replace(cfg, device=device)
 
 
-def read_config(path, resume):
-    """Settings of an earlier run, without where it wrote."""
-    try:
-        saved = json.loads(Path(path).read_text())
-        known = {field.name: field.default for field in dataclasses.fields(Settings)}
-        for name, value in saved.items():
-            if name not in known or type(value) not in {type(known[name]), {float: int}.get(type(known[name]))}:
-                hint = difflib.get_close_matches(name, known, 1)
-                raise BadInput(f"{path}: {name} {value!r} is no setting or of another type"
-                               + (f"; did you mean {hint[0]}?" if hint and hint[0] != name else ""))
-        return {name: value for name, value in saved.items() if name not in ("out", "resume")}
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, BadInput):
-            raise
-        flag = "--resume needs the folder of a run" if resume else "--config needs the config.json of a run"
-        raise BadInput(f"{path}: cannot be read ({first_line(error)}); {flag}") from None
+def interrupt(number, frame):  # Ctrl-C or SIGTERM: what to say, and the exit code
+    raise KeyboardInterrupt("stopped before the first step; nothing is lost", 128 + number)
 
 
 def main(argv=None):
+    """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
+    handlers = {}
+    with contextlib.suppress(ValueError):  # only the main thread may
+        handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -1634,10 +1453,21 @@ def main(argv=None):
                 torch.cuda.set_device(cfg.device)
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
-    except BadInput as error:
-        print(f"nanoadagrpo: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        text, code = error.args or ("stopped", 130) if stopped else (str(error), 2)
+        if isinstance(error, MemoryError | RuntimeError):
+            if isinstance(error, RuntimeError) and "memory" not in text:
+                raise
+            text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        if os.environ.get("RANK", "0") == "0":  # all processes say the same
+            text = text if len(text) < 285 else f"{text[:140]} ... {text[-140:]}"
+            print(f"nanoadagrpo: {text}", file=sys.stderr)
+        raise SystemExit(code) from None
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

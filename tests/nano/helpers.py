@@ -8,10 +8,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
@@ -39,7 +41,7 @@ def listen():
     return rows, lambda **row: rows.append({k: v.detach().clone() if torch.is_tensor(v) else v for k, v in row.items()})
 
 
-# -- small models, each with a vocabulary in which Semantic IDs are scattered ------------------------------------------
+# -- small models of many families, with random weights ---------------------------------------------------------------
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
              max_position_embeddings=64)
@@ -51,41 +53,38 @@ FAMILIES = {
     "mistral": lambda **kw: MistralConfig(**SIZES, num_key_value_heads=1, **{"sliding_window": None, **kw}),
     "gemma": lambda **kw: GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=8, **kw),
     "gemma2": lambda **kw: Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, **{"sliding_window": 64, **kw}),
-    "gemma3": lambda **kw: Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=8, sliding_window=64, **kw),
+    "gemma3": lambda **kw: Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=8, **{"sliding_window": 64, **kw}),
     "phi": lambda **kw: PhiConfig(**SIZES, **kw),  # its head has a bias
+    "granite": lambda **kw: GraniteConfig(**SIZES, num_key_value_heads=1, embedding_multiplier=3.0, logits_scaling=0.5,
+                                          residual_multiplier=0.7, attention_multiplier=0.2, **kw),
+    "cohere": lambda **kw: CohereConfig(**SIZES, num_key_value_heads=1, logit_scale=2.0, **kw),
 }
 
 
-class Exact(nano.Policy):
-    """A policy whose log-probabilities stay in float64, so that the smallest difference shows."""
-
-    def logp(self, words, hidden):
-        return self.model.get_output_embeddings()(hidden)[..., self.vocabulary].log_softmax(-1)
-
-
-def make_policy(catalogue, family="gpt2", attention="sdpa", seed=0, kind=nano.Policy, spread=0.3, **config):
-    """A policy far from uniform, whose SID tokens lie in any order among others that must not matter."""
+def make_policy(catalogue, family="gpt2", attention="sdpa", seed=0, spread=0.3, bos=False, dtype=torch.float32,
+                **config):
+    """A policy far from uniform. In float64 the smallest difference shows."""
     torch.manual_seed(seed)
-    size = catalogue.S + 6
-    config = FAMILIES[family](vocab_size=size, initializer_range=spread, bos_token_id=None, eos_token_id=None,
-                              pad_token_id=None, **config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model = model.double() if kind is Exact else model
-    policy = kind(model, catalogue, settings())
-    ids = torch.randperm(size)
-    policy.vocabulary, policy.ask = ids[: catalogue.S], ids[catalogue.S : catalogue.S + 1]
-    return policy
+    config = FAMILIES[family](vocab_size=catalogue.S + 1 + bos, initializer_range=spread, eos_token_id=None,
+                              pad_token_id=None, bos_token_id=catalogue.S + 1 if bos else None, **config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    return nano.Policy(model, catalogue, settings())
 
 
-def save_model(folder, family="llama", bos=True, spread=0.3, **config):
-    """A random model as the hub has them: weights, config and a tokenizer that knows nothing of Semantic IDs."""
-    known = {word: i for i, word in enumerate(["<s>", "<unk>", "hammer", "nail", "saw"])}
+def save_model(folder, family="llama", bos=True, spread=0.3, words=("<s>", "<unk>", "hammer", "nail", "saw"), size=8,
+               **config):
+    """A random model as the hub has them: weights, config and a tokenizer that knows nothing of Semantic IDs.
+
+    `words` may be a dictionary with ids of any sort; without words there is no tokenizer.
+    """
     torch.manual_seed(0)
-    config = FAMILIES[family](vocab_size=8, initializer_range=spread, pad_token_id=None, eos_token_id=None,
+    config = FAMILIES[family](vocab_size=size, initializer_range=spread, pad_token_id=None, eos_token_id=None,
                               bos_token_id=None, **config)  # three rows more than words, as real models have
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(known, unk_token="<unk>")), unk_token="<unk>",
-                            **({"bos_token": "<s>"} if bos else {})).save_pretrained(folder)
+    if words:
+        known = words if isinstance(words, dict) else {word: i for i, word in enumerate(words)}
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(known, unk_token="<unk>")), unk_token="<unk>",
+                                **({"bos_token": "<s>"} if bos else {})).save_pretrained(folder)
     return folder
 
 
@@ -101,24 +100,36 @@ def distance(one, other):
 
 
 def plain_prompt(policy, history):
-    """Token ids of one history; padding is left out instead of masked."""
+    """Words of one history; padding is left out instead of masked."""
+    start = [] if policy.start is None else [policy.start]
     items = [item for item in history.tolist() if item >= 0]
-    return torch.cat([policy.start, *(policy.vocabulary[policy.catalogue.tokens[item]] for item in items), policy.ask])
+    return torch.tensor([*start, *policy.catalogue.tokens[items].flatten().tolist(), policy.query])
 
 
 def plain_next(policy, history, prefixes):
-    """(n, S) log-probabilities of what follows each of n prefixes (n, l) of Semantic IDs."""
-    ids = plain_prompt(policy, history).expand(len(prefixes), -1)
-    ids = torch.cat([ids, policy.vocabulary[prefixes]], 1)
-    return policy.model(input_ids=ids, use_cache=False).logits[:, -1, policy.vocabulary].log_softmax(-1)
+    """(n, V) log-probabilities of what follows each of n prefixes (n, l) of Semantic IDs."""
+    ids = torch.cat([plain_prompt(policy, history).expand(len(prefixes), -1), prefixes], 1)
+    return policy.model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1)
 
 
-def plain_scores(policy, history, tokens):
+def plain_logp(policy, history, tokens):
     """(n, L) log-probabilities of n Semantic IDs (n, L) after one history."""
     levels = [plain_next(policy, history, tokens[:, :level]) for level in range(tokens.shape[1])]
     return torch.stack([logp.gather(1, tokens[:, [level]])[:, 0] for level, logp in enumerate(levels)], 1)
 
 
-def every_sequence(catalogue):
-    """(S^L, L) all that can be said, sense or nonsense."""
-    return torch.tensor(list(itertools.product(range(catalogue.S), repeat=catalogue.L)))
+def beam_search(policy, history, width, allowed=lambda prefix: None):
+    """The textbook's: extend every beam by every token (or every allowed one), sort, keep `width`."""
+    kept = [((), 0.0)]
+    for _ in range(policy.catalogue.L):
+        prefixes = torch.tensor([tokens for tokens, _ in kept], dtype=torch.long).reshape(len(kept), -1)
+        following = plain_next(policy, history, prefixes).tolist()
+        longer = [((*tokens, token), total + row[token]) for (tokens, total), row in zip(kept, following, strict=True)
+                  for token in allowed(tokens) or range(len(row))]
+        kept = sorted(longer, key=lambda beam: -beam[1])[:width]
+    return kept
+
+
+def every_sequence(catalogue, special=0):
+    """((S + special)^L, L) all that can be said, sense or nonsense."""
+    return torch.tensor(list(itertools.product(range(catalogue.S + special), repeat=catalogue.L)))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import nanoadagrpo as nano
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import speed
 import work
@@ -19,6 +21,24 @@ def test_a_step_of_the_tree_has_the_loss_and_the_gradient_of_repeating_the_promp
     history = work.some_prompts(policy, 3, T).history
     assert work.prompt_ids(policy, history).shape == (3, T)
     assert work.check_step(policy, history, 5)["gradient"] < 2e-5
+
+
+def test_steps_taken_one_by_one_are_those_of_a_run():
+    policy, enough = work.a_policy("smoke", 20), RuntimeError("enough")
+    prompts, cfg = work.some_prompts(policy, 7, 20), work.settings(3, 4)
+    one, other = work.copied(policy), work.copied(policy)
+    steps = work.steps(one, prompts, cfg)
+    for _ in range(3):
+        next(steps)
+
+    def stop(step, *_):
+        if step == 3:
+            raise enough
+
+    with pytest.raises(RuntimeError, match="enough"):
+        nano.train_rl(other, work.reward, prompts, cfg, "grpo", lambda **row: None, on_step=stop)
+    for ours, theirs, before in zip(*(p.model.parameters() for p in (one, other, policy)), strict=True):
+        assert torch.equal(ours, theirs) and not torch.equal(ours, before)
 
 
 def test_beams_are_those_of_hugging_face():

@@ -42,6 +42,16 @@ def test_every_combination_of_tokens_is_the_item_of_a_dictionary_or_none(sids):
 
 
 @every_catalogue
+def test_the_special_words_belong_to_no_item(sids):
+    # S and S + 1 are the query and the start token: node * S + S must not be taken for the next node's first token.
+    catalogue = nano.Catalogue(sids)
+    everything = every_sequence(catalogue, special=2)
+    special = (everything >= catalogue.S).any(1)
+    assert (catalogue.item(everything[special]) == -1).all()
+    assert (catalogue.item(everything[~special]) >= 0).sum() == catalogue.N
+
+
+@every_catalogue
 def test_the_tokens_of_an_item_lead_back_to_it(sids):
     catalogue = nano.Catalogue(sids)
     assert catalogue.item(catalogue.tokens).tolist() == list(range(catalogue.N)) == [*catalogue.row.values()]

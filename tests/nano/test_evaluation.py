@@ -33,25 +33,23 @@ class Parrot:
 
     catalogue = CATALOGUE
 
-    def read(self, history):
-        return history
-
 
 @pytest.fixture
 def say(monkeypatch):
     """say(beams, samples): the next evaluation sees these."""
 
-    def prepare(beams, samples):
+    def prepare(beams, samples, logp=0.0):
+        monkeypatch.setattr(nano, "prefill", lambda policy, history: history[:, 0])
         monkeypatch.setattr(nano, "beam", lambda width: torch.tensor(beams))
-        monkeypatch.setattr(nano, "sample", lambda n, generator: torch.tensor(samples))
-        monkeypatch.setattr(nano, "grow", lambda policy, history, tokens: (tokens[history[:, 0]], None))
+        monkeypatch.setattr(nano, "sample", lambda points: torch.tensor(samples))
+        monkeypatch.setattr(nano, "tree_decode", lambda policy, rows, tokens: (tokens[rows], torch.tensor(logp)))
 
     return prepare
 
 
 def evaluate(targets, **changes):
     prompts = nano.Prompts(torch.arange(len(targets))[:, None], torch.tensor(targets), torch.arange(len(targets)))
-    return nano.evaluate(Parrot(), Judge(), prompts, settings(beam_width=4, **changes))
+    return nano.evaluate(Parrot(), Judge(), prompts, settings(**changes))
 
 
 def test_a_case_worked_by_hand(say):
@@ -114,6 +112,22 @@ def test_without_an_order_head_there_is_no_order_reward(say, monkeypatch):
     assert {name for name in evaluate([3])[0] if "reward" in name} == {f"click_reward@{k}" for k in (1, 10, 50)}
 
 
+@pytest.mark.parametrize("width, cutoffs", [(9, [1]), (10, [1, 10]), (49, [1, 10]), (50, [1, 10, 50])])
+def test_what_more_beams_would_have_to_say_is_left_out(say, width, cutoffs):
+    # HR@50 of ten beams would be HR@10 under another name.
+    say([[ITEM[0]] * width], [[ITEM[0]] * 8])
+    names = {f"{name}@{k}" for name in ("hr", "click_reward", "order_reward") for k in cutoffs}
+    expected = names | {"hallucination", "sampled_hallucination"} | ({"ndcg@10"} if 10 in cutoffs else set())
+    assert evaluate([3], beam_width=width)[0].keys() == expected
+
+
+@pytest.mark.parametrize("logp", [float("nan"), float("-inf")])
+def test_a_policy_whose_log_probabilities_are_not_finite_is_not_evaluated(say, logp):
+    say([[ITEM[0]] * 50], [[ITEM[0]] * 8], logp)
+    with pytest.raises(nano.UserError, match=r"^evaluation: .*not finite"):
+        evaluate([3])
+
+
 # -- a real policy -----------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +139,7 @@ def scene(shop, base):
 def test_metrics_of_a_real_policy_are_those_of_its_beams_counted_one_by_one(scene, shop, ranker):
     policy, prompts, cfg = scene
     mean, each = nano.evaluate(policy, ranker, prompts, cfg)
-    beams, _ = nano.grow(policy, policy.read(prompts.history), nano.beam(12))
+    beams, _ = nano.tree_decode(policy, nano.prefill(policy, prompts.history), nano.beam(12))
     names = {tuple(tokens): item for item, tokens in enumerate(shop.catalogue.tokens.tolist())}
     hits, gains, clicks, invalid = [], [], [], []
     for history, target, row in zip(prompts.history, prompts.target.tolist(), beams.tolist(), strict=True):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Own rewards and negatives, logging elsewhere, memory, and where the host waits for the GPU."""
+"""Own rewards, logging elsewhere, and where the host waits for the GPU."""
 
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -12,15 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adagrpo_core as core
 import nanoadagrpo as nano
 
-from .helpers import QUICK, settings
+from .helpers import QUICK, distance, settings
 from .shops import jsonl
-from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, policy_of, train
+from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, train
 
 
 @pytest.fixture
 def mine(folder, monkeypatch):
     """mine(text): a module of that text that can be imported here as `mine`."""
     jsonl(folder / "shop")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the script adds the current folder
 
     def write(text):
         (folder / "mine.py").write_text("import torch\n" + text)
@@ -36,6 +38,10 @@ def run(*arguments):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(rows):
+    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
 
 
 def refused(capsys, *arguments):
@@ -63,14 +69,23 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
     assert values <= {-3.0, *(round(0.5 + 0.1 * i, 4) for i in range(9))} and len(values) > 2
 
 
+@pytest.mark.parametrize("text", ["item.numpy() * 0.1", "(item * 0.1).tolist()", "(item * 0.1).double()",
+                                  "(item * 0.1).requires_grad_()", "(item * 0.1).to(torch.bfloat16)"])
+def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text):
+    mine(f"def score(history, item):\n    return {text}\n")
+    reward, item = nano.own_reward(settings(reward="mine:score")), torch.tensor([[0, -1, 4], [8, 2, 3]])
+    scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+    torch.testing.assert_close(scores, torch.tensor([[0, 0, 0.4], [0.8, 0.2, 0.3]]), rtol=0, atol=2e-3)
+
+
 def test_named_scores_are_summed_and_each_is_logged(mine, folder):
     mine("def score(history, item):\n    return {'a': item * 0.25, 'b': item.numpy() * 0.5}\n"
          "def sum(history, item):\n    return item * 0.75\n")
     both = nano.own_reward(settings(reward="mine:score", floor=-2.0))
     whole = nano.own_reward(settings(reward="mine:sum", floor=-2.0))
-    item = torch.tensor([[0, -1, 4], [8, 2, -1]])
-    everyone, history = slice(0, 2), torch.zeros(2, 3)
-    (scores, named), (expected, _) = (nano.ask(r, history, item, everyone) for r in (both, whole))
+    item, history = torch.tensor([[0, -1, 4], [8, 2, -1]]), torch.zeros(2, 3)
+    (scores, named), (expected, _) = (nano.reward_of(r, history, item, [slice(0, 2)]) for r in (both, whole))
     assert torch.equal(scores, expected)
     assert {k: v.item() for k, v in named.items()} == pytest.approx({"reward/a": 1.5 / 6, "reward/b": 5.0 / 6})
     results = [run("--reward", f"mine:{name}", "--out", name) for name in ("score", "sum")]
@@ -79,63 +94,85 @@ def test_named_scores_are_summed_and_each_is_logged(mine, folder):
                if row["phase"] == "rl")
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("def score(history, item):\n    return item * float('nan')\n", ["mine:score", "of step 1 are not finite"]),
-        ("def score(history, item):\n    return item / 0\n", ["mine:score", "not finite"]),
-        ("def score(history, item):\n    return item[:, :3] * 1.0\n", ["mine:score", "(4, 3)", "expected (4, 8)"]),
-        ("def other(history, item):\n    return item\n", ["mine:score", "package.module:function"]),
-        ("import no_such_library\n", ["mine:score", "no_such_library"]),
-    ],
-    ids=["nan", "inf", "shape", "no function", "no import"],
-)
-def test_a_reward_that_cannot_be_used_is_named_in_one_line(mine, capsys, text, words):
+def test_a_reward_may_write_into_what_it_is_given_and_into_what_it_gave(mine):
+    mine("def honest(history, item):\n    return item * 0.1 + history[:, -1:] * 0.2\n"
+         "kept = []\n"
+         "def careless(history, item):\n"
+         "    found = honest(history, item)\n"
+         "    history.fill_(-1)\n"
+         "    item.fill_(0)\n"
+         "    for old in kept:\n"
+         "        old.fill_(9.0)\n"
+         "    kept.append(found)\n"
+         "    return found\n")
+    trained, moved = [], PROMPTS.history.clone()
+    for name in "honest", "careless":
+        trained.append(train("grpo+nll", cfg(rl_steps=2, micro_batch_size=2),
+                             reward=nano.own_reward(settings(reward=f"mine:{name}")))[0])
+    assert distance(*trained) == 0 and torch.equal(PROMPTS.history, moved)
+
+
+def test_a_reward_is_asked_about_two_rows_before_the_supervised_steps(mine, monkeypatch):
+    mine("asked = []\ndef score(history, item):\n    asked.append(item.shape)\n    return item * 0.1\n")
+    began, train_sft = [], nano.train_sft
+    monkeypatch.setattr(nano, "train_sft", lambda *given, **options: (
+        began.extend(sys.modules["mine"].asked), train_sft(*given, **options)))
+    run("--reward", "mine:score", "--out", "here")
+    assert began == [(2, 1)] and sys.modules["mine"].asked == [(2, 1), *[(4, 6 + 1 + 1)] * 2]
+
+
+FAULTS = {
+    "it raises": ("def score(history, item):\n    return item / len([])[0]\n", ["TypeError", "mine.py, line 3"]),
+    "its helper raises": ("def help():\n    raise KeyError('price')\ndef score(history, item):\n    return help()\n",
+                          ["KeyError", "mine.py, line 5", "price"]),
+    "it exits": ("import sys\ndef score(history, item):\n    sys.exit('no licence')\n",
+                 ["SystemExit", "mine.py, line 4", "no licence"]),
+    "a message of two lines": ("def score(history, item):\n    raise ValueError('one\\ntwo')\n", ["one", "line 3"]),
+    "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 1)"]),
+    "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(1,)] instead of (2, 1)"]),
+    "the shape of a part": ("def score(history, item):\n    return {'a': item * 0.5, 'b': item.sum(1)}\n", ["(2,)"]),
+    "None": ("def score(history, item):\n    pass\n", ["NoneType"]),
+    "nothing": ("def score(history, item):\n    return {}\n", ["dict"]),
+    "text": ("def score(history, item):\n    return 'high'\n", ["str"]),
+    "a list of texts": ("def score(history, item):\n    return [['high']] * len(item)\n", ["str"]),
+    "a list with None": ("def score(history, item):\n    return [[None]] * len(item)\n", ["NoneType"]),
+    "one argument": ("def score(item):\n    return item * 1.0\n", ["TypeError", "score() takes 1 positional"]),
+    "no function": ("def other(history, item):\n    return item\n", ["AttributeError", "score"]),
+    "not a function": ("score = 3\n", ["TypeError", "not callable"]),
+    "an import that fails": ("import no_such_library\n", ["mine.py, line 2", "no_such_library"]),
+    "syntax": ("def score(history item):\n    return item\n", ["SyntaxError", "mine.py, line 2"]),
+    "a module that raises": ("price = open('prices.csv')\n", ["FileNotFoundError", "mine.py, line 2", "prices.csv"]),
+    "a module that exits": ("import sys\nsys.exit()\n", ["SystemExit", "mine.py, line 3"]),
+}
+
+
+@pytest.mark.parametrize("text, words", FAULTS.values(), ids=FAULTS)
+def test_a_reward_that_cannot_be_used_is_named_in_one_line_before_anything_is_trained(mine, capsys, text, words):
     mine(text)
-    line = refused(capsys, "--reward", "mine:score", "--method", "grpo+nll")
-    assert line.startswith("--reward ") and all(word in line for word in words)
+    line = refused(capsys, "--reward", "mine:score", "--out", "here")
+    assert line.startswith("--reward mine:score: ") and line.endswith("(docs/models.md)")
+    assert all(word in line for word in words), line
 
 
-# -- negatives ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["mine", ":score", "mine:", "no.such:score", "mine:score:twice"])
+def test_a_reward_that_does_not_exist_is_named_in_one_line(mine, capsys, name):
+    mine("def score(history, item):\n    return item\n")
+    assert refused(capsys, "--reward", name, "--out", "here").startswith(f"--reward {name}: ")
 
 
-def negatives_asked(monkeypatch, source, m=2, **changes):
-    """(targets, negatives) of every step of a training run."""
-    c, seen = cfg(negatives=m, negatives_from=source, rl_steps=30, lr=0.0, **changes), []
-
-    def reward(history, item):
-        seen.append(item)
-        return torch.where(item >= 0, item * 0.1, -1.0)
-
-    list(nano.train_rl(policy_of(), reward, PROMPTS, c, "adagrpo", lambda **row: None,
-                       other=nano.own_negatives(CATALOGUE, c)))
-    return torch.cat([item[:, 6] for item in seen]), torch.cat([item[:, 7:] for item in seen])
+LATE = {
+    "nan": ("return item * float('nan')", "adagrpo, step 1: the reward is not finite; give "),
+    "inf": ("return item / 0", "adagrpo, step 1: the reward is not finite; give "),
+    "one item is no number": ("return torch.where(item == 3, float('nan'), 1.0)", "adagrpo, step "),
+    "shape": ("return item[:, :3] * 1.0", "--reward mine:score: "),
+}
 
 
-def test_negatives_of_the_catalogue_are_any_item_but_the_truth_equally_often(monkeypatch):
-    target, negative = negatives_asked(monkeypatch, "catalogue", m=3)
-    assert negative.shape == (150, 3) and negative.min() >= 0 and (negative != target[:, None]).all()
-    for truth in target.unique():
-        drawn = torch.bincount(negative[target == truth].flatten(), minlength=CATALOGUE.N).float()
-        share = drawn / drawn.sum()
-        assert share[truth] == 0 and share[torch.arange(CATALOGUE.N) != truth].min() > 0.05
-
-
-def test_negatives_come_from_an_own_function(mine, monkeypatch):
-    mine("def draw(history, target, m, generator):\n    return (target[:, None] + 1 + torch.arange(m)) % 6\n")
-    target, negative = negatives_asked(monkeypatch, "mine:draw")
-    assert torch.equal(negative, (target[:, None] + torch.tensor([1, 2])) % 6)
-
-
-def test_one_prompt_per_batch_is_enough_where_negatives_are_no_rollouts(mine):
-    with pytest.raises(nano.BadInput, match="--batch-size 1"):
-        settings(batch_size=1)
-    assert run("--negatives-from", "catalogue", "--batch-size", "1").keys() == {"base", "adagrpo"}
-
-
-def test_negatives_from_nowhere_are_refused(mine, capsys):
-    mine("")
-    assert refused(capsys, "--negatives-from", "catalog").startswith("--negatives-from catalog: ")
+@pytest.mark.parametrize("text, start", LATE.values(), ids=LATE)
+def test_what_shows_in_training_alone_is_one_line_too(mine, capsys, folder, text, start):
+    mine(f"def score(history, item):\n    {text}\n")
+    assert refused(capsys, "--reward", "mine:score", "--rl-steps", "4", "--out", "here").startswith(start)
+    assert not (folder / "here" / "report.md").exists()
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
@@ -156,9 +193,8 @@ def test_a_library_is_told_every_number_and_imported_only_when_asked_for(mine, f
     for row, numbers in zip(rows, told, strict=True):
         name = "/".join(row[key] for key in ("phase", "method") if key in row)
         expected = {f"{name}/{key}": value for key, value in row.items() if not isinstance(value, str)}
-        used = {f"{name}/seconds", f"{name}/memory"}
-        assert used <= numbers.keys() and {key: x for key, x in numbers.items() if key not in used} == expected
-    assert (folder / "silent" / "metrics.jsonl").read_bytes() == (folder / "here" / "metrics.jsonl").read_bytes()
+        assert numbers == expected
+    assert without_time(lines(folder / "silent" / "metrics.jsonl")) == without_time(rows)
 
 
 def test_tensorboard_is_told_every_number_at_its_step(mine, folder, monkeypatch):
@@ -180,7 +216,7 @@ def test_tensorboard_is_told_every_number_at_its_step(mine, folder, monkeypatch)
     mine("")
     run("--log-to", "tensorboard", "--out", "here")
     assert str(told[0]) == "here/tensorboard"
-    assert {("sft/nll", 3), ("rl/adagrpo/reward", 2), ("test/adagrpo/hr@10", 2), ("sft/memory", 1)} <= set(told[1:])
+    assert {("sft/nll", 3), ("rl/adagrpo/reward", 2), ("test/adagrpo/hr@10", 2), ("sft/seconds", 1)} <= set(told[1:])
 
 
 @pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])
@@ -192,16 +228,12 @@ def test_a_missing_library_is_one_line_with_the_command_that_mends_it(mine, fold
     assert not (folder / "here").exists()
 
 
-def test_machine_jsonl_has_time_and_memory_of_every_line(mine, folder):
+def test_every_row_says_how_long_it_took(mine, folder):
     mine("")
+    began = time.perf_counter()
     run("--out", "here")
-    rows, used = lines(folder / "here" / "metrics.jsonl"), lines(folder / "here" / "machine.jsonl")
-    where = "phase", "method", "step"
-    assert [{k: row[k] for k in where if k in row} for row in rows] == [
-        {k: row[k] for k in where if k in row} for row in used]
-    assert all(row.keys() - set(where) == {"seconds", "memory"} and row["seconds"] >= 0 for row in used)
-    memory = [row["memory"] for row in used]
-    assert memory == sorted(memory) and 0.05 < memory[0] < 100, "GiB"
+    took = [row["seconds"] for row in lines(folder / "here" / "metrics.jsonl")]
+    assert min(took) >= 0 and 0 < sum(took) < time.perf_counter() - began
 
 
 # -- where the host waits for the GPU ----------------------------------------------------------------------------------
@@ -227,28 +259,31 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def waits_of_a_step(name, monkeypatch, **changes):
-    """What the host waits for from the first sampled token to the optimizer's step."""
+def waits_of_training(name, monkeypatch, **changes):
+    """What the host waits for, in each step from the first sampled token to the end of the first update."""
     watch, inside = Waits(), []
-    sample, step = nano.sample, nano.Learner.step
+    sample, step = nano.sample, nano.Optimizer.step
 
-    def sampling(*arguments):
-        pick = sample(*arguments)
+    def sampling(*points):
+        select = sample(*points)
 
         def first(*level):
             if not inside:
                 inside.append(watch.__enter__())
-            return pick(*level)
+            return select(*level)
 
         return first
 
-    def stepping(self):
+    def stepping(self, *where, **watched):
+        found = step(self, *where, **watched)
         if inside:
             inside.pop().__exit__(None, None, None)
-        return step(self)
+        return found
 
+    ranker = nano.train_ranker(CATALOGUE, nano.ImpressionLog(
+        PROMPTS.history, PROMPTS.target[:, None].expand(-1, 3), torch.rand(14, 3) < 0.5, None), settings(), epochs=1)
     monkeypatch.setattr(nano, "sample", sampling)
-    monkeypatch.setattr(nano.Learner, "step", stepping)
+    monkeypatch.setattr(nano.Optimizer, "step", stepping)
     for method in ("tolist", "cpu", "numpy", "item", "__array__"):
         real = getattr(torch.Tensor, method)
 
@@ -258,16 +293,14 @@ def waits_of_a_step(name, monkeypatch, **changes):
             return real(self, *arguments, **options)
 
         monkeypatch.setattr(torch.Tensor, method, noted)
-    ranker = nano.train_ranker(CATALOGUE, nano.Log(PROMPTS.history, PROMPTS.target[:, None].expand(-1, 3),
-                                                   torch.rand(14, 3) < 0.5, None), settings(), epochs=1)
     c = cfg(rl_steps=2, **changes)
     train(name, c, reward=nano.make_reward(ranker, c))
     return watch.seen
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "nll"])
-def test_between_rollout_and_update_the_host_waits_once_to_learn_who_is_admitted(name, monkeypatch):
-    assert waits_of_a_step(name, monkeypatch) == ["tolist"] * 2, "once in each of two steps"
+def test_from_rollout_to_update_the_host_waits_to_learn_who_is_admitted_and_whether_all_is_finite(name, monkeypatch):
+    assert waits_of_training(name, monkeypatch) == ["tolist"] * 4, "twice in each of two steps"
 
 
 @pytest.mark.parametrize("wait", [
@@ -283,4 +316,4 @@ def test_a_wait_that_somebody_adds_is_noticed(wait, monkeypatch):
         return judge(rewards)
 
     monkeypatch.setattr(core, "group_advantages", waiting)
-    assert len(waits_of_a_step("adagrpo", monkeypatch)) > 2
+    assert len(waits_of_training("adagrpo", monkeypatch)) > 4

@@ -3,6 +3,8 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -18,7 +20,7 @@ from .test_step import METHODS, PROMPTS, cfg, policy_of, train
 
 every_method = pytest.mark.parametrize("name", METHODS)
 EXACT = {"difficult", "easy", "reliable", "not_prominent", "not_suppressed", "admitted", "zero_spread",
-         "duplicate_rollouts", "invalid_rollouts", "bad_scores"}
+         "duplicate_rollouts", "invalid_rollouts"}
 
 
 def same_rows(ours, theirs, tolerance):
@@ -87,13 +89,17 @@ def test_of_several_micro_batches_one_graph_is_held_at_a_time():
 
 # -- several processes -------------------------------------------------------------------------------------------------
 
-ROOT = os.path.dirname(nano.__file__)
-# Every method in float64, each process with its share of the batch, two micro-batches each; the first writes it down.
+ROOT, REPOSITORY = os.path.dirname(nano.__file__), str(pathlib.Path(__file__).parents[2])
+SHARED = dict(batch_size=8, updates=2, epsilon=0.01, negatives=1, rho=0.8)
+# First the script itself, as torchrun starts it. Then every method in float64, each process with its share of the
+# batch, two micro-batches each; the first one writes it down.
 WORKER = """
-import json, sys
+import json, runpy
 import torch.distributed as dist
 from safetensors.torch import save_file
-dist.init_process_group("gloo")
+import nanoadagrpo as nano
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # not yet: there is no second group
+runpy.run_path(nano.__file__, run_name="__main__")
 from tests.nano.test_processes import SHARED, sft
 from tests.nano.test_step import METHODS, cfg, train
 for name in ["sft", *METHODS]:
@@ -103,45 +109,54 @@ for name in ["sft", *METHODS]:
         open(f"{name}.json", "w").write(json.dumps([{k: float(v) if hasattr(v, "item") else v for k, v in row.items()}
                                                     for row in rows]))
     dist.barrier()
-dist.destroy_process_group()
+destroy()
 """
-SHARED = dict(batch_size=8, updates=2, epsilon=0.01, negatives=1, rho=0.8)
+# Scores of each process's own rows, in several parts.
+TWO_SCORES = """
+def reward(history, item):
+    return {'last': (item * 7 + history[:, -1:] * 3) % 10 / 10, 'item': item % 4 / 4}
+"""
+OPTIONS = ["--data", "shop", "--device", "cpu", "--sft-steps", "4", "--sft-batch-size", "8", "--rl-steps", "4",
+           "--batch-size", "4", "--group-size", "8", "--eval-prompts", "8", "--beam-width", "6", "--tau", "0.5",
+           "--rho", "0.6", "--save-every", "2", "--method", "adagrpo-d", "--reward", "two_scores:reward"]
 
 
-def torchrun(folder, processes, *command):
-    """As a user starts it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, str(folder)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def written(out):
+    """What a run has logged, but for what no seed decides."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in row.items() if key not in ("seconds", "memory")} for row in rows]
 
 
-def test_two_processes_with_half_the_batch_each_train_as_one_with_the_whole(folder):
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A folder in which two processes have run all this; and what they printed."""
+    folder = tmp_path_factory.mktemp("together")
     (folder / "worker.py").write_text(WORKER)
-    done = torchrun(folder, 2, "worker.py")
-    assert done.returncode == 0, done.stderr
-    for name in ["sft", *METHODS]:
-        alone, rows = sft() if name == "sft" else train(name, cfg(**SHARED))
-        together = load_file(folder / f"{name}.safetensors")
-        assert distance(alone, state(policy_of())) > 1e-3
-        assert distance(alone, together) < 1e-9, name
-        same_rows(json.loads((folder / f"{name}.json").read_text()), rows, 1e-6)
-
-
-def test_torchrun_of_the_script_gives_the_run_of_one_process_written_once(folder):
+    (folder / "two_scores.py").write_text(TWO_SCORES)
     jsonl(folder / "shop")
-    # Scores of each process's own rows, in several parts.
-    (folder / "two_scores.py").write_text(
-        "def reward(history, item):\n"
-        "    return {'last': (item * 7 + history[:, -1:] * 3) % 10 / 10, 'item': item % 4 / 4}\n")
-    options = ["--data", "shop", "--device", "cpu", "--sft-steps", "4", "--sft-batch-size", "8", "--rl-steps", "4",
-               "--batch-size", "4", "--group-size", "8", "--eval-prompts", "8", "--beam-width", "6",
-               "--tau", "0.5", "--rho", "0.6", "--save-every", "2", "--method", "adagrpo-d",
-               "--reward", "two_scores:reward"]
-    nano.main([*options, "--out", "one"])
-    done = torchrun(folder, 2, nano.__file__, *options, "--out", "two")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, REPOSITORY, str(folder)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py",
+               *OPTIONS, "--out", "two"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    one, two = ([json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
-                for out in ("one", "two"))
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("name", ["sft", *METHODS])
+def test_two_processes_with_half_the_batch_each_train_as_one_with_the_whole(together, name):
+    alone, rows = sft() if name == "sft" else train(name, cfg(**SHARED))
+    made = load_file(together[0] / f"{name}.safetensors")
+    assert distance(alone, state(policy_of())) > 1e-3
+    assert distance(alone, made) < 1e-9, name
+    same_rows(json.loads((together[0] / f"{name}.json").read_text()), rows, 1e-6)
+
+
+def test_torchrun_of_the_script_gives_the_run_of_one_process_written_once(together, monkeypatch):
+    folder, printed = together
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    nano.main([*OPTIONS, "--out", "one"])
+    one, two = (written(folder / out) for out in ("one", "two"))
     assert [row.keys() for row in one] == [row.keys() for row in two] and "reward/last" in one[-3]
     for ours, theirs in zip(one, two, strict=True):
         assert {k: v for k, v in ours.items() if k in ("phase", "step", "method", *EXACT)} == {
@@ -150,12 +165,20 @@ def test_torchrun_of_the_script_gives_the_run_of_one_process_written_once(folder
             assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-3)
     assert sorted(path.name for path in (folder / "two").iterdir()) == sorted(
         path.name for path in (folder / "one").iterdir()), "one process writes, once"
-    assert done.stdout.count("| adagrpo-d ") == 1
+    assert len(re.findall(r"\| +adagrpo-d +\|", printed)) == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        nano.main(["--toy", "--group-size", "1"])
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == (rank == "0")
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(nano.BadInput, match=r"--sft-batch-size 128: 3 processes cannot share it equally"):
-        nano.parse(["--toy"])
-    with pytest.raises(nano.BadInput, match=r"--batch-size 64: 3 processes"):
-        nano.parse(["--toy", "--sft-batch-size", "9"])
+    for flag, size, other in (("--sft-batch-size", 128, "--batch-size"), ("--batch-size", 64, "--sft-batch-size")):
+        with pytest.raises(nano.UserError, match=rf"{flag} {size}\b.*: 3 processes cannot share"):
+            nano.parse(["--toy", other, "9"])
+    nano.parse(["--toy", "--sft-batch-size", "9", "--batch-size", "6"])

@@ -2,8 +2,10 @@
 """The script as a program: every option is read and explained, and importing it does nothing."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import pathlib
 import re
@@ -27,10 +29,12 @@ def reads(tree):
 @pytest.fixture(scope="module")
 def help_text():
     """What --help prints, in one line."""
-    environment = {**os.environ, "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, nano.__file__, "--help"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return " ".join(done.stdout.split())
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as end:
+            nano.main(["--help"])
+    assert end.value.code == 0
+    return " ".join(out.getvalue().split())
 
 
 def test_every_setting_is_read_somewhere_and_nothing_else_is():
@@ -58,9 +62,10 @@ CHOSEN = {"method": "grpo+nll", "dtype": "bfloat16", "log_to": "tensorboard"}  #
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_every_option_reaches_its_setting(field, monkeypatch):
+def test_every_option_reaches_its_setting(field, monkeypatch, folder):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "installed")
-    monkeypatch.setattr(nano, "read_config", lambda path, resume: {"toy": True})
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "config.json").write_text('{"toy": true}')
     if field.name == "device":
         value, text = "cpu", ["cpu"]
     elif field.name == "toy":
@@ -69,6 +74,8 @@ def test_every_option_reaches_its_setting(field, monkeypatch):
         value, text = "somewhere", ["somewhere"]
     elif field.name in CHOSEN:
         value, text = CHOSEN[field.name], [CHOSEN[field.name]]
+    elif field.name == "out":
+        value, text = "new", ["new"]
     elif isinstance(field.default, str):
         value, text = "elsewhere", ["elsewhere"]
     else:
@@ -117,8 +124,11 @@ def test_the_modules_body_holds_definitions_alone():
 
 def test_no_formula_of_the_core_is_written_twice():
     """Advantages, ranks, thresholds and ratios come from the core: the script has no clamp of a ratio of its own."""
+    def called(tree):
+        return {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "core"}
+
     step = next(node for node in TREE.body if isinstance(node, ast.FunctionDef) and node.name == "train_rl")
-    called = {node.func.attr for node in ast.walk(step) if isinstance(node, ast.Call)
-              and isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "core"}
     assert {"nll_loss", "grpo_loss", "difficulty", "reliability", "group_advantages", "length_normalized",
-            "in_batch_negatives"} <= called
+            "in_batch_negatives"} <= called(step)
+    assert "sample_clip" in called(TREE)
