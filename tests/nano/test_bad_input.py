@@ -5,17 +5,16 @@ import json
 import os
 import pathlib
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
+import torch
 
 import nanoadagrpo as nano
 
 from .helpers import QUICK
 from .shops import CODES, COLUMNS, TRAIN, csv_row, jsonl, jsonl_row, minionerec, write_csv
-
-SCRIPT = nano.__file__
 
 
 def contents(folder):
@@ -508,9 +507,33 @@ def test_equal_words_of_another_type_are_not_the_same_item(refused, folder):
 # -- as a user sees it -------------------------------------------------------------------------------------------------
 
 
-def test_the_program_itself_answers_in_one_line_with_code_2(folder):
-    done = subprocess.run([sys.executable, SCRIPT, "--data", "nowhere"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert re.match("nanoadagrpo: nowhere: ", done.stderr)
+def test_the_program_itself_answers_in_one_line_with_code_2(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanoadagrpo.py", "--data", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(nano.__file__, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, len(err.splitlines())) == (2, "", 1)
+    assert re.match("nanoadagrpo: nowhere: ", err)
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried ...")],
+    ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_one_line_that_names_the_flags(refused, monkeypatch, error):
+    def run(cfg):
+        raise error
+
+    monkeypatch.setattr(nano, "run", run)
+    line = refused("--toy")
+    assert "out of memory" in line and "--micro-batch-size" in line
+
+
+def test_a_fault_of_the_script_itself_is_not_made_to_look_like_the_users(monkeypatch):
+    def run(cfg):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(nano, "run", run)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        nano.main(["--toy"])
