@@ -430,7 +430,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
                     loss.backward()
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
             nll, grpo, ratio = gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", nll=nll, grpo=grpo, **watched)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
 
         if method.admit:
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
@@ -821,8 +821,11 @@ def own_reward(cfg):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up."""
     module, _, name = cfg.reward.partition(":")
     with users_code(cfg):
-        sys.path.append(os.getcwd())  # modules in the current folder are found too
-        function = getattr(importlib.import_module(module), name)
+        sys.path.append(here := os.getcwd())  # modules in the current folder are found too
+        try:
+            function = getattr(importlib.import_module(module), name)
+        finally:
+            sys.path.remove(here)
 
     @users_code(cfg)
     def reward(history, item):
@@ -1119,14 +1122,16 @@ class Checkpoints:
         content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
         for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log):
             content.update(b"" if x is None else x.cpu().numpy().tobytes())
-        self.origin = {"set of data": content.hexdigest(), "number of processes": world_size()}
+        same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
+        self.origin = {"set of data": content.hexdigest(), "number of processes": world_size(),
+                       "set of flags": repr(same), "kind of device": cfg.device.split(":")[0]}
         if cfg.resume and self.files():
             path = self.files()[-1]
             try:
                 if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
                     raise ValueError("its checksum is not that in its name")
                 # Copies: where a tensor begins in the file's memory can decide a product's last digit.
-                tensors = {key: x.clone() for key, x in load_file(path, cfg.device).items()}
+                tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["tensor"]] if "tensor" in x else x))
                 self.base = self.state["base"]
@@ -1410,7 +1415,8 @@ def parse(argv):
             saved = json.loads((out / "config.json").read_text()) | dict(out="", resume="")
             Settings(**saved)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{out}/config.json: {first_line(error)}; name a run of this version") from None
+            where = f"{out!s:.80}/config.json"
+            raise UserError(f"{where}: {first_line(error):.90}; name a run of this version") from None
         parser.set_defaults(**saved)
         given = vars(parser.parse_args(argv))
         free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A run that was stopped, anywhere and however rudely, goes on to the same bits; what cannot go on says so."""
 
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 import nanoadagrpo as nano
 
 from .helpers import save_model
-from .shops import jsonl
+from .shops import CODES, jsonl, minionerec
 
 OPTIONS = ["--device", "cpu", "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
            "--group-size", "6", "--eval-prompts", "8", "--beam-width", "6", "--eval-every", "2", "--save-every", "2",
@@ -30,6 +32,12 @@ class Stopped(BaseException):
     pass
 
 
+@pytest.fixture(autouse=True)
+def unpainted(monkeypatch):
+    """Without the picture, which is most of so short a run."""
+    monkeypatch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
+
+
 def begin(out, *arguments):
     return nano.main(["--data", "shop", "--out", str(out), *OPTIONS, *map(str, arguments)])
 
@@ -38,42 +46,77 @@ def resume(out, *arguments):
     return nano.main(["--resume", str(out), *map(str, arguments)])
 
 
-def stopped_after(monkeypatch, lines, call):
-    """Run until so many lines have been logged."""
+def stop():
+    raise Stopped
+
+
+@contextlib.contextmanager
+def at_line(monkeypatch, lines, act):
+    """Do something when so many lines have been logged; yields those that were."""
     with monkeypatch.context() as patch:
         seen, write = [], nano.MetricsLog.__call__
 
         def counting(self, **row):
             write(self, **row)
-            seen.append(row)
+            seen.append(self.rows[-1])
             if len(seen) == lines:
-                raise Stopped
+                act()
 
         patch.setattr(nano.MetricsLog, "__call__", counting)
-        with pytest.raises(Stopped):
-            call()
+        yield seen
 
 
-def rows_of(out):
-    """The log without times."""
+def stopped_after(monkeypatch, lines, call):
+    """Run until so many lines have been logged."""
+    with at_line(monkeypatch, lines, stop), pytest.raises(Stopped):
+        call()
+
+
+def logged(out):
+    """What was logged, but for how long it took."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
+    return [{key: x for key, x in row.items() if key not in ("seconds", "memory")} for row in rows]
 
 
 def made(out):
     """Everything that a run leaves, but for times."""
-    files = {str(path.relative_to(out)): path.read_bytes() for path in (out / "policy").rglob("*") if path.is_file()}
-    files["ranker.safetensors"] = (out / "ranker.safetensors").read_bytes()
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*")
+             if path.is_file() and path.name not in ("config.json", "report.md", "metrics.jsonl")}
     report = (out / "report.md").read_text().splitlines()
-    return files, rows_of(out), [line for line in report if line.startswith("|")]
+    return files, logged(out), [line for line in report if line.startswith("|") and "python" not in line]
+
+
+def checkpoint(out):
+    [path] = out.glob("*checkpoint*")
+    return path
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    """Data, what an uninterrupted run makes of them, and one that stopped in its fourth step, the second saved."""
+    folder = tmp_path_factory.mktemp("templates")
+    jsonl(folder / "shop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
+        patch.chdir(folder)
+        begin("whole")
+        stopped_after(patch, 11, lambda: begin("here"))
+    return folder
 
 
 @pytest.fixture
-def shop(folder):
-    """A folder with data, and what an uninterrupted run makes of it."""
-    jsonl(folder / "shop")
-    begin("whole")
+def shop(templates, folder):
+    """A folder with data, and what an uninterrupted run makes of them."""
+    shutil.copytree(templates / "shop", folder / "shop")
+    shutil.copytree(templates / "whole", folder / "whole")
     return folder
+
+
+@pytest.fixture
+def here(templates, shop):
+    """A run that can go on."""
+    shutil.copytree(templates / "here", shop / "here")
+    return shop / "here"
 
 
 # -- the same bits -----------------------------------------------------------------------------------------------------
@@ -82,12 +125,12 @@ def shop(folder):
 @pytest.mark.parametrize("lines", [1, 5, 7, 11, 14, 15])
 def test_a_run_stopped_in_any_phase_goes_on_to_the_same_bits(shop, monkeypatch, lines):
     stopped_after(monkeypatch, lines, lambda: begin("here"))
-    assert len((shop / "here" / "metrics.jsonl").read_text().splitlines()) == lines
+    assert len(logged(shop / "here")) == lines
     results = resume("here")
     assert made(shop / "here") == made(shop / "whole")
     assert results == {row["method"]: {k: x for k, x in row.items() if k not in ("phase", "method", "step")}
-                       for row in rows_of(shop / "whole") if row["phase"] == "test"}
-    assert not list((shop / "here").glob("checkpoint*"))
+                       for row in logged(shop / "whole") if row["phase"] == "test"}
+    assert not list((shop / "here").glob("*checkpoint*"))
 
 
 def test_a_run_of_all_methods_stopped_again_and_again_goes_on_to_the_same_bits(folder, monkeypatch):
@@ -101,9 +144,21 @@ def test_a_run_of_all_methods_stopped_again_and_again_goes_on_to_the_same_bits(f
     assert len(made(folder / "here")[0]) > 3 * len(nano.METHODS)
 
 
-def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone(folder, monkeypatch):
+@pytest.mark.parametrize("options", [["--sft-steps", "0"], ["--rl-steps", "0"], ["--method", "nll,grpo"],
+                                     ["--micro-batch-size", "1", "--method", "random-gate"]], ids=" ".join)
+def test_any_sort_of_run_goes_on_to_the_same_bits(folder, monkeypatch, options):
     jsonl(folder / "shop")
-    options = ["--model", save_model(folder / "model"), "--sft-lr", "1e-2"]
+    begin("whole", *options)
+    stopped_after(monkeypatch, 3, lambda: begin("here", *options))
+    stopped_after(monkeypatch, len(logged(folder / "whole")) // 2, lambda: resume("here"))
+    resume("here")
+    assert made(folder / "here") == made(folder / "whole")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone(folder, monkeypatch, family):
+    jsonl(folder / "shop")
+    options = ["--model", save_model(folder / "model", family), "--sft-lr", "1e-2"]
     begin("whole", *options)
     stopped_after(monkeypatch, 10, lambda: begin("here", *options))
     shutil.rmtree(folder / "model")
@@ -113,37 +168,110 @@ def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone
 
 def test_without_checkpoints_a_run_begins_again_says_so_and_comes_to_the_same(shop, monkeypatch, capsys):
     stopped_after(monkeypatch, 9, lambda: begin("here", "--save-every", "0"))
-    assert not list((shop / "here").glob("checkpoint*"))
+    assert not list((shop / "here").glob("*checkpoint*"))
+    capsys.readouterr()
     resume("here")
     assert "no checkpoint" in capsys.readouterr().out
     assert made(shop / "here") == made(shop / "whole")
 
 
-def state(checkpoint):
-    """What a checkpoint says, without its tensors."""
-    return json.loads(load_file(checkpoint)["state"].numpy().tobytes())
+def test_the_training_that_a_checkpoint_had_is_not_done_again(here, monkeypatch):
+    with at_line(monkeypatch, 1000, stop) as again:
+        resume("here")
+    assert [row["step"] for row in again if row["phase"] == "rl"] == [3, 4, 5]
+    assert not [row for row in again if row["phase"] == "sft"]
 
 
-def test_the_training_that_a_checkpoint_had_is_not_done_again(shop, monkeypatch):
-    stopped_after(monkeypatch, 11, lambda: begin("here"))
-    [checkpoint] = (shop / "here").glob("checkpoint-*")
-    done, steps = state(checkpoint), []
-    assert (done["phase"], done["step"]) == ("adagrpo", 2)
-    step = nano.Optimizer.step
-    monkeypatch.setattr(nano.Optimizer, "step",
-                        lambda self, where, **watched: (steps.append(where), step(self, where, **watched))[1])
+def test_how_often_a_run_saves_may_change_on_the_way(here, shop):
+    resume("here", "--save-every", "1")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+# -- a checkpoint ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_one_file_without_pickle_and_bears_its_checksum(here):
+    assert sorted(path.name for path in here.iterdir()) == [checkpoint(here).name, "config.json", "metrics.jsonl"]
+    assert checkpoint(here).suffix == ".safetensors" and len(load_file(checkpoint(here))) > 10
+    digest = hashlib.sha256(checkpoint(here).read_bytes()).hexdigest()
+    assert checkpoint(here).stem.split("-")[-1] == digest[:16]
+
+
+def refused(capsys, call, code=2):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    err = capsys.readouterr().err.splitlines()
+    assert end.value.code == code and len(err) == 1 and err[0].startswith("nanoadagrpo: "), err
+    assert len(err[0]) <= 300 and err[0].isprintable()
+    return err[0]
+
+
+def flipped(raw, bit):
+    raw = bytearray(raw)
+    raw[bit // 8] ^= 1 << bit % 8
+    return bytes(raw)
+
+
+def test_one_flipped_bit_anywhere_in_a_checkpoint_is_refused_and_nothing_is_touched(here, capsys):
+    path, before = checkpoint(here), (here / "metrics.jsonl").read_bytes()
+    raw, draw = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(raw[:8], "little")
+    places = [*range(0, 64, 9), *(draw.randrange(64, 8 * header) for _ in range(8)), 8 * header, 8 * len(raw) - 1,
+              *(draw.randrange(8 * header, 8 * len(raw)) for _ in range(16))]
+    for bit in places:
+        path.write_bytes(flipped(raw, bit))
+        line = refused(capsys, lambda: resume("here"))
+        assert f"here/{path.name}" in line and "checksum" in line, bit
+        assert (here / "metrics.jsonl").read_bytes() == before
+    path.write_bytes(raw)
     resume("here")
-    assert [where for where in steps if not where.startswith("ranker")] == [
-        f"adagrpo, step {i}" for i in (3, 4, 5) for _ in range(2)]
 
 
-def test_a_checkpoint_is_one_file_without_pickle_whose_name_is_its_checksum(shop, monkeypatch):
-    stopped_after(monkeypatch, 11, lambda: begin("here"))
-    [checkpoint] = (shop / "here").glob("*checkpoint*")
-    assert checkpoint.suffix == ".safetensors"
-    assert hashlib.sha256(checkpoint.read_bytes()).hexdigest().startswith(checkpoint.stem.split("-")[-1])
-    assert [{key: x for key, x in row.items() if key != "seconds"} for row in state(checkpoint)["rows"]] == rows_of(
-        shop / "here")[: len(state(checkpoint)["rows"])]
+DAMAGE = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "a byte long": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "another's name": lambda path: path.rename(path.with_name(path.name[:-13] + "x.safetensors")),
+    "no name": lambda path: path.rename(path.with_name("checkpoint-last.safetensors")),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "something else with the right checksum": lambda path: (
+        path.unlink(), path.with_name(f"checkpoint-9999999999-{hashlib.sha256(b'x').hexdigest()[:16]}.safetensors")
+        .write_bytes(b"x")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_in_one_line(here, capsys, damage):
+    before = (here / "metrics.jsonl").read_bytes()
+    damage(checkpoint(here))
+    assert f"here/{checkpoint(here).name}" in refused(capsys, lambda: resume("here"))
+    assert (here / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [
+    pathlib.Path.unlink, DAMAGE["emptied"], DAMAGE["halved"], DAMAGE["a byte long"],
+    lambda path: path.write_bytes(flipped(path.read_bytes(), 1234))],
+    ids=["deleted", "emptied", "halved", "a byte long", "flipped"])
+def test_a_damaged_log_is_written_anew_from_the_checkpoint(here, shop, damage):
+    damage(shop / "here" / "metrics.jsonl")
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_if_the_checkpoint_is_deleted_the_run_begins_again(here, shop, capsys):
+    checkpoint(shop / "here").unlink()
+    resume("here")
+    assert "no checkpoint" in capsys.readouterr().out
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_what_a_kill_left_beside_a_checkpoint_is_no_obstacle(here, shop):
+    (shop / "here" / "checkpoint.partial").write_bytes(b"half of it")
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
@@ -151,12 +279,13 @@ def test_a_checkpoint_is_one_file_without_pickle_whose_name_is_its_checksum(shop
 fork = multiprocessing.get_context("fork")
 
 
-def life(call, *arguments, dies=None):
-    """In a process of its own, which `dies` may prepare to kill itself."""
+def life(call, *arguments, dies=None, said=None):
+    """In a process of its own, which `dies` may prepare to kill itself; what it says goes into a file."""
     if dies:
         dies()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    call(*arguments)
+    with (open(os.devnull, "w") as out, open(said or os.devnull, "w") as err,
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        call(*arguments)
 
 
 def kill_at(count, half):
@@ -177,24 +306,19 @@ def kill_at(count, half):
 
             setattr(owner, name, touch)
 
-        def half_a_file(real, tensors, path):
-            real(tensors, path)
-            os.truncate(path, os.path.getsize(path) // 2)
+        def half_a_file(real, tensors, path, *header):
+            real(tensors, path, *header)
+            os.truncate(path, path.stat().st_size // 2)
 
         def half_a_text(real, path, text):
             real(path, text[: len(text) // 2])
 
-        def half_a_folder(real, path, **options):
-            for file in sorted(pathlib.Path(path).glob("*"))[::2]:
-                if file.is_file():
-                    file.unlink()
-
         watch(nano, "save_file", half_a_file)
         watch(nano.Policy, "save")
         watch(pathlib.Path, "write_text", half_a_text)
+        watch(pathlib.Path, "mkdir")
         watch(pathlib.Path, "rename")
         watch(pathlib.Path, "unlink")
-        watch(shutil, "rmtree", half_a_folder)
         watch(os, "fsync")
 
     return prepare
@@ -217,7 +341,7 @@ def finish(out, call, *arguments):
 @pytest.mark.parametrize("half", [False, True], ids=["before", "halfway"])
 def test_a_kill_at_any_touch_of_the_disk_leaves_what_resume_can_use(shop, half):
     draw, killed = random.Random(half), 0
-    for count in [1, 2, *sorted(draw.sample(range(3, 70), 7))]:
+    for count in [0, 1, 2, 3, *sorted(draw.sample(range(4, 45), 6))]:
         out = shop / f"killed-{count}"
         process = fork.Process(target=life, args=(begin, out), kwargs={"dies": kill_at(count, half)})
         process.start()
@@ -225,153 +349,253 @@ def test_a_kill_at_any_touch_of_the_disk_leaves_what_resume_can_use(shop, half):
         killed += process.exitcode == -signal.SIGKILL
         finish(out, begin)
         assert made(out) == made(shop / "whole"), count
-    assert killed >= 5, "most of these moments came"
+    assert killed >= 6, "most of these moments came"
 
 
-def test_kills_at_random_moments_one_after_the_other_change_nothing(shop):
-    draw, began = random.Random(0), time.monotonic()
+@pytest.mark.parametrize("number, codes", [(signal.SIGKILL, [0, -9]), (signal.SIGTERM, [0, 143, -15]),
+                                           (signal.SIGINT, [0, 130])], ids=["SIGKILL", "SIGTERM", "SIGINT"])
+def test_signals_at_random_moments_one_after_the_other_change_nothing(shop, number, codes):
+    draw, began = random.Random(number), time.monotonic()
     finish(shop / "timed", begin)
-    whole = time.monotonic() - began
-    for trial in range(3):
-        out, left = shop / f"hunted-{trial}", whole
-        for _ in range(4):
-            wait = draw.uniform(0, left)
-            process = fork.Process(target=life, args=(resume, out) if out.exists() else (begin, out))
-            process.start()
-            time.sleep(wait)
-            process.kill()
-            process.join()
-            assert process.exitcode in (0, -signal.SIGKILL), trial
-            if process.exitcode == 0 or complete(out):  # it was faster, or killed when all was done
-                assert made(out) == made(shop / "whole"), trial
-                shutil.rmtree(out)  # once more, and killed sooner: at last before it has begun
-                left = wait / 2
-        finish(out, begin)
-        assert made(out) == made(shop / "whole"), trial
+    whole, out, left = time.monotonic() - began, shop / "hunted", time.monotonic() - began
+    for _ in range(6):
+        process = fork.Process(target=life, args=(resume, out) if out.exists() else (begin, out),
+                               kwargs={"said": shop / "said"})
+        process.start()
+        wait = draw.uniform(0, left)
+        time.sleep(wait)
+        os.kill(process.pid, number)
+        process.join()
+        said = (shop / "said").read_text() if (shop / "said").exists() else ""
+        assert process.exitcode in codes or (wait < whole / 4 and process.exitcode < 2), said  # it had not begun
+        if process.exitcode == codes[1]:
+            assert number == signal.SIGKILL or ("stopped" in said and len(said.splitlines()) == 1)
+        (shop / "said").unlink(missing_ok=True)
+        if process.exitcode == 0 or complete(out):  # it was faster, or killed when all was done
+            assert made(out) == made(shop / "whole")
+            shutil.rmtree(out)  # once more, and killed sooner: at last before it has begun
+            left = wait / 2
+    finish(out, begin)
+    assert made(out) == made(shop / "whole")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("lines, last", [(1, "step 1"), (4, "step 4"), (6, "step 0"), (9, "adagrpo, step 2"),
+                                         (16, "step 5")])
+def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(shop, monkeypatch, capsys, number, code, lines, last):
+    before = signal.getsignal(number)
+    with at_line(monkeypatch, lines, lambda: os.kill(os.getpid(), number)):
+        line = refused(capsys, lambda: begin("here"), code)
+    assert "stopped after" in line and last in line and "--resume here" in line
+    assert signal.getsignal(number) is before
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_before_the_first_step_leaves_nothing(folder, monkeypatch, capsys, number, code):
+    jsonl(folder / "shop")
+    read = nano.load_data
+    monkeypatch.setattr(nano, "load_data", lambda *arguments: (os.kill(os.getpid(), number), read(*arguments))[1])
+    line = refused(capsys, lambda: begin("here"), code)
+    assert "stopped" in line and "--resume" not in line
+    assert [path.name for path in folder.iterdir()] == ["shop"]
+
+
+# -- what the disk refuses ---------------------------------------------------------------------------------------------
+
+FULL = OSError(28, "No space left on device")
+FAULTS = {
+    "disk full": FULL,
+    "disk full, as safetensors has it": SafetensorError("Error while serializing: I/O error: No space left on device"),
+    "read-only": OSError(30, "Read-only file system"),
+    "not allowed": PermissionError(13, "Permission denied"),
+    "broken disk": OSError(5, "Input/output error"),
+}
+
+
+@contextlib.contextmanager
+def failing(monkeypatch, owner, name, error, count):
+    """From the count-th call on."""
+    with monkeypatch.context() as patch:
+        calls, real = itertools.count(1), getattr(owner, name)
+
+        def call(*arguments, **options):
+            if next(calls) >= count:
+                if owner is nano and name == "save_file":
+                    pathlib.Path(arguments[1]).write_bytes(b"half of it")
+                raise error
+            return real(*arguments, **options)
+
+        patch.setattr(owner, name, call)
+        yield
+
+
+@pytest.mark.parametrize("error", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_says_how_to_go_on(
+        shop, monkeypatch, capsys, error, count):
+    with failing(monkeypatch, nano, "save_file", error, count):
+        line = refused(capsys, lambda: begin("here"))
+    assert str(error).splitlines()[0] in line and "--resume here" in line
+    assert len(list((shop / "here").glob("*checkpoint*"))) == (count > 1)
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+@pytest.mark.parametrize("owner, name, count", [
+    (os, "fsync", 2), (pathlib.Path, "rename", 3), (pathlib.Path, "unlink", 2), (pathlib.Path, "open", 9),
+    (pathlib.Path, "write_text", 2), (pathlib.Path, "write_text", 3), (nano.Policy, "save", 1), (nano, "picture", 1)],
+    ids=lambda value: getattr(value, "__name__", str(value)))
+def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys, owner, name, count):
+    with failing(monkeypatch, owner, name, FULL, count):
+        line = refused(capsys, lambda: begin("here"))
+    assert "No space left on device" in line and "--resume here" in line
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+@pytest.mark.parametrize("lines", [1, 4, 9])
+def test_a_folder_that_is_gone_is_one_line(here, monkeypatch, capsys, lines):
+    with at_line(monkeypatch, lines, lambda: pathlib.Path("there").rename("elsewhere")):
+        line = refused(capsys, lambda: begin("there"))
+    assert "No such file" in line and "--resume there" in line
+    assert not pathlib.Path("there").exists()
+    pathlib.Path("elsewhere").rename("there")
+    resume("there")
+
+
+# -- one run at a time -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lines", [1, 9])
+def test_a_run_that_still_runs_is_not_resumed(shop, monkeypatch, lines):
+    said = []
+
+    def resumed():
+        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end:
+            resume("here")
+        said.append((end.value.code, err.getvalue()))
+
+    with at_line(monkeypatch, lines, resumed):
+        begin("here")
+    [(code, err)] = said
+    assert code == 2 and len(err.splitlines()) == 1 and "--resume here" in err and "another process" in err
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_of_processes_started_together_one_makes_the_folder_and_the_others_leave_nothing(shop):
+    processes = [fork.Process(target=life, args=(begin, "here"), kwargs={"said": f"said-{i}"}) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode for process in processes) == [0, 2, 2]
+    for i, process in enumerate(processes):
+        said = (shop / f"said-{i}").read_text().splitlines()
+        assert process.exitcode == 0 or (len(said) == 1 and "--out here" in said[0])
+        (shop / f"said-{i}").unlink()
+    assert sorted(path.name for path in shop.iterdir()) == ["here", "shop", "whole"]
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_of_two_processes_that_resume_one_run_one_does(here, shop):
+    processes = [fork.Process(target=life, args=(resume, "here")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert 0 in [process.exitcode for process in processes]  # the other was refused, or came when all was done
+    assert {process.exitcode for process in processes} <= {0, 2}
+    assert made(shop / "here") == made(shop / "whole")
+
+
+# -- the same data -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_data_may_have_moved(here, shop):
+    shutil.copytree(shop / "shop", shop / "moved")
+    (shop / "moved" / "catalogue.json").write_text(  # the same items under other names
+        json.dumps({f"item {i}": sid for i, sid in enumerate(CODES)}, indent=2))
+    (shop / "shop").rename(shop / "gone")
+    resume("here", "--data", "moved")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def lines_of(name, change):
+    def edit(folder):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(change(lines)))
+
+    return edit
+
+
+def catalogue(change):
+    return lambda folder: (folder / "catalogue.json").write_text(
+        json.dumps(change(json.loads((folder / "catalogue.json").read_text()))))
+
+
+def renamed(folder):
+    for path in folder.iterdir():
+        path.write_text(path.read_text().replace("2", "7"))
+
+
+OTHER = {
+    "a new word in the catalogue": catalogue(lambda sids: [*sids, [0, 0, 7]]),
+    "a new item of old words": catalogue(lambda sids: [*sids, [0, 1, 1]]),
+    "the catalogue in another order": catalogue(lambda sids: sids[::-1]),
+    "other words": renamed,
+    **{f"{name}: {what}": lines_of(name, change) for name in ("train", "valid", "test") for what, change in {
+        "a row less": lambda lines: lines[:-1], "a row more": lambda lines: [*lines, lines[0]],
+        "another order": lambda lines: lines[::-1], "another row": lambda lines: [*lines[:-1], lines[0]]}.items()},
+}
+
+
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
+@pytest.mark.parametrize("moved", [False, True], ids=["", "at another place"])
+def test_other_data_are_refused(here, capsys, change, moved):
+    if moved:
+        shutil.copytree("shop", "moved")
+    change(pathlib.Path("moved" if moved else "shop"))
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    line = refused(capsys, lambda: resume("here", *(["--data", "moved"] if moved else [])))
+    assert "here" in line and "another" in line and "data" in line
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_the_same_rows_of_other_words_are_refused_too(here, capsys):
+    minionerec(pathlib.Path("mini"))
+    line = refused(capsys, lambda: resume("here", "--data", "mini"))
+    assert "another" in line and "data" in line
+
+
+def test_another_number_of_processes_is_refused(here, monkeypatch, capsys):
+    monkeypatch.setattr(nano, "world_size", lambda: 2)
+    assert "number of processes" in refused(capsys, lambda: resume("here"))
 
 
 # -- what cannot be resumed says so ------------------------------------------------------------------------------------
 
 
-def refused(capsys, call, code=2):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call()
-    err = capsys.readouterr().err.splitlines()
-    assert end.value.code == code and len(err) == 1 and err[0].startswith("nanoadagrpo: ")
-    return err[0]
-
-
-def emptied(path):
-    path.write_bytes(b"")
-
-
-def halved(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.fixture
-def stopped(folder, monkeypatch):
-    """A run that has a checkpoint; and its one file."""
-    jsonl(folder / "shop")
-    stopped_after(monkeypatch, 11, lambda: begin("here"))
-    [checkpoint] = (folder / "here").glob("checkpoint-*")
-    return checkpoint
-
-
-@pytest.mark.parametrize("damage", [emptied, halved], ids=["emptied", "halved"])
-def test_a_damaged_checkpoint_is_named_in_one_line(stopped, capsys, damage):
-    damage(stopped)
-    before = (stopped.parent / "metrics.jsonl").read_bytes()
-    assert f"here/{stopped.name}" in refused(capsys, lambda: resume("here"))
-    assert (stopped.parent / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("place", [0.0, 0.01, 0.3, 0.6, 0.999])
-def test_one_flipped_bit_anywhere_in_a_checkpoint_is_refused(stopped, capsys, place):
-    data = bytearray(stopped.read_bytes())
-    data[int(len(data) * place)] ^= 16
-    stopped.write_bytes(data)
-    assert f"here/{stopped.name}" in refused(capsys, lambda: resume("here"))
-
-
-@pytest.mark.parametrize("damage", [pathlib.Path.unlink, emptied, halved], ids=["deleted", "emptied", "halved"])
-def test_a_damaged_log_is_made_good_from_the_checkpoint(shop, monkeypatch, damage):
-    stopped_after(monkeypatch, 11, lambda: begin("here"))
-    damage(shop / "here" / "metrics.jsonl")
-    resume("here")
-    assert made(shop / "here") == made(shop / "whole")
-
-
-def test_other_data_are_refused_and_the_same_data_may_have_moved(shop, monkeypatch, capsys):
-    stopped_after(monkeypatch, 11, lambda: begin("here"))
-    lines = (shop / "shop" / "train.jsonl").read_text().splitlines(keepends=True)
-    (shop / "shop").rename(shop / "moved")
-    shutil.copytree(shop / "moved", shop / "other")
-    (shop / "other" / "train.jsonl").write_text("".join([*lines[1:], lines[0]]))
-    shutil.copytree(shop / "moved", shop / "grown")
-    catalogue = json.loads((shop / "grown" / "catalogue.json").read_text())
-    (shop / "grown" / "catalogue.json").write_text(json.dumps([*catalogue, [7, 7, 7]]))
-    for name in ("other", "grown"):
-        assert "another set of data" in refused(capsys, lambda name=name: resume("here", "--data", name))
-    assert "shop" in refused(capsys, lambda: resume("here"))
-    resume("here", "--data", "moved")
-    assert made(shop / "here") == made(shop / "whole")
-
-
-def test_another_number_of_processes_is_refused(stopped, monkeypatch, capsys):
-    monkeypatch.setattr(nano, "world_size", lambda: 2)
-    assert "another number of processes" in refused(capsys, lambda: resume("here"))
-
-
-def test_a_run_that_is_being_run_is_refused(stopped, capsys):
-    fcntl = pytest.importorskip("fcntl")
-    with (stopped.parent / "config.json").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process" in refused(capsys, lambda: resume("here"))
-
-
-@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
-def test_a_full_disk_ends_in_one_line_and_the_checkpoint_before_is_used(shop, monkeypatch, capsys, fault):
-    def full(tensors, path):
-        pathlib.Path(path).write_bytes(b"half")
-        raise fault
-
-    stopped_after(monkeypatch, 11, lambda: begin("here"))
-    with monkeypatch.context() as patch:
-        patch.setattr(nano, "save_file", full)
-        line = refused(capsys, lambda: resume("here"))
-    assert "--resume here" in line and "space" in line
-    assert len(list((shop / "here").glob("*checkpoint*"))) == 1
-    resume("here")
-    assert made(shop / "here") == made(shop / "whole")
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_in_one_line_that_says_how_to_go_on(shop, monkeypatch, capsys, number, code):
-    with monkeypatch.context() as patch:
-        step = nano.Optimizer.step
-
-        def stepping(self, where, **watched):
-            if where == "adagrpo, step 4":
-                os.kill(os.getpid(), number)
-            return step(self, where, **watched)
-
-        patch.setattr(nano.Optimizer, "step", stepping)
-        assert "--resume here" in refused(capsys, lambda: begin("here"), code)
-    resume("here")
-    assert made(shop / "here") == made(shop / "whole")
-
-
 def test_what_is_no_run_or_complete_or_to_be_changed_is_refused(shop, capsys):
-    assert "nowhere/config.json" in refused(capsys, lambda: resume("nowhere"))
+    for folder in ("nowhere", "nothing\0", "\x1b\n", "half \udc80", "shop", "shop/catalogue.json"):
+        assert "config.json" in refused(capsys, lambda folder=folder: resume(folder))
+    assert "name a run" in refused(capsys, lambda: resume("x" * 300))
     assert "complete" in refused(capsys, lambda: resume("whole"))
     line = refused(capsys, lambda: resume("whole", "--lr", "0.5", "--seed", "1"))
     assert "leave out" in line and "--lr" in line and "--seed" in line
+    assert "--toy" in refused(capsys, lambda: resume("whole", "--toy"))
+    assert "--out" in refused(capsys, lambda: resume("whole", "--out", "elsewhere"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100000, '{"grop_size": 3}', '{"group_size": "3"}'])
-def test_a_config_that_cannot_be_used_is_refused(folder, capsys, text):
-    (folder / "run").mkdir()
-    (folder / "run" / "config.json").write_text(text)
-    assert "run/config.json" in refused(capsys, lambda: resume("run"))
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", "[" * 100_000, '{"grop_size": 3}', '{"group_size": "3"}',
+             '{"group_size": null}', '{"data": "shop", "tau": 0.01}', '{"data": "shop", "lr": NaN}',
+             '{"data": "shop", "seed": %s}' % ("9" * 5000),
+             '{"data": "shop", "method": "magic"}', '{"\\u001b\\n%s": 1}' % ("x" * 999), "{}"],
+    ids=lambda text: text[:25])
+def test_a_config_that_cannot_be_used_is_refused(here, capsys, text):
+    (here / "config.json").write_text(text)
+    line = refused(capsys, lambda: resume("here"))
+    assert "here/config.json" in line or text == "{}"
+    assert checkpoint(here).exists()
