@@ -22,8 +22,8 @@ Where this differs from the paper, or the paper is silent:
  3. Rollouts are sampled from the policy being trained, one update per rollout: the ratio of eq. 4 is 1.
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special tokens, and the softmax runs
-    over all of these, always. Nothing is constrained: a token of the wrong level, a special token, or a
-    combination that no item has, is a hallucination.
+    over all of these, always. A token of the wrong level, a special token, or a combination that no item
+    has, is a hallucination. With `--constrained`, samples and beams follow the catalogue; likelihoods do not.
  5. The ranker cannot score a hallucination, so it gets a fixed reward, `--floor`. So does a negative that is
     one, and thereby it counts as suppressed.
  6. Rollouts that repeat each other or the truth stay in the pools, and ties share the better rank.
@@ -57,6 +57,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,11 +117,16 @@ class Settings:
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
     tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it prominent")
     rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
+    ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", known="min average max")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     updates: int = option(1, "optimizer steps per batch of rollouts", 1)
     lr: float = option(2e-3, "peak learning rate of --method; for --model rather 3e-5")
     grpo_lr: float = option(5e-5, "the same for pure GRPO, which has no NLL")
     floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
+    constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
+    keep: str = option("last", "which policy to test and save: last, or best by validation HR@10",
+                       known="last best")
+    log_holdout: float = option(0.1, "share of log.*, its last rows, that the ranker is judged on", high=0.9)
     rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are", high=10**9)
     max_history: int = option(10, "items of a history that the policy sees, the most recent ones", 1)
     bait: float = option(1.0, "toy: how far clicks in baited contexts follow bait, not taste; 0..1", high=1)
@@ -158,6 +164,7 @@ class Policy:
         self.model = model.to(cfg.device).eval()  # also in training: with dropout, two passes would disagree
         self.catalogue, self.tokenizer = catalogue, tokenizer
         self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id
+        self.allowed = catalogue if cfg.constrained else None  # what samples and beams have to follow
         accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the cache
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
         on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
@@ -239,7 +246,16 @@ def teacher_forcing(tokens):
     return lambda prefix, logp, total: (same_parent(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
-def sample(points):
+def valid_only(logp, prefix, catalogue):
+    """-inf for tokens with which no item goes on, if there is a catalogue to follow (`--constrained`).
+
+    Only the choice is restricted. The tree notes likelihoods of the free softmax, so that those of rollouts,
+    truth (D) and update (the ratio) remain comparable; samples come from another distribution, renormalised.
+    """
+    return logp if catalogue is None else logp.masked_fill(~catalogue.continues(prefix, logp), -torch.inf)
+
+
+def sample(points, catalogue=None):
     """n independent samples, decided by random points in [0, 1), (L, B, n).
 
     Laid end to end, the probabilities of all tokens fill the way from 0 to 1: the token is taken on which the
@@ -247,7 +263,10 @@ def sample(points):
     """
 
     def select(prefix, logp, total):
-        ends = logp.detach().float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
+        logp = valid_only(logp.detach().float(), prefix, catalogue)
+        if catalogue:  # all that is valid may be so unlikely that exp gives 0
+            logp = logp.log_softmax(-1)
+        ends = logp.exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
         n = points.shape[-1]
         point = points[prefix.shape[-1]].view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
@@ -256,12 +275,13 @@ def sample(points):
     return select
 
 
-def beam(width):
+def beam(width, catalogue=None):
     """Beam search: the most likely continuations of all branches together."""
 
     def select(prefix, logp, total):
-        score = (total[..., None] + logp).flatten(1)  # (B, m * V)
-        best = score.topk(min(width, score.shape[1])).indices
+        score = (total[..., None] + valid_only(logp, prefix, catalogue)).flatten(1)  # (B, m * V)
+        n = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]  # there are no more
+        best = score.topk(min(width, n)).indices
         return best // logp.shape[-1], best % logp.shape[-1]
 
     return select
@@ -362,7 +382,8 @@ def rollout(policy, batch, parts, K, generator):
         with torch.set_grad_enabled(keep_graph):
             prompt, target_logp = prefill_with_target(policy, batch.rows(part))
         with torch.no_grad():  # most rollouts are not admitted; those that are get a graph when all is judged
-            pieces.append((*tree_decode(policy, prompt, sample(points[:, part])), target_logp.detach()))
+            sampled = tree_decode(policy, prompt, sample(points[:, part], policy.allowed))
+            pieces.append((*sampled, target_logp.detach()))
     return *map(gather, zip(*pieces, strict=True)), [(prompt, target_logp)] if keep_graph else []
 
 
@@ -403,7 +424,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
-            reliable = core.reliability(target_reward, rewards, negative_rewards, tau=cfg.tau, rho=cfg.rho)
+            reliable = core.reliability(target_reward, rewards, negative_rewards, **reward_gate(cfg))
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             admitted_rows = rows_of(admitted, parts)  # here the host waits for the GPU, to know who they are
@@ -439,10 +460,14 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
         on_step(step + 1, optimizer, generators)
 
 
+def reward_gate(cfg):
+    return dict(tau=cfg.tau, rho=cfg.rho, ties=cfg.ties)
+
+
 def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
     """What to look at when training goes wrong; docs/metrics.md defines each."""
     lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
-    prominent = core.reliability(target_reward, rewards, lowest, tau=cfg.tau, rho=cfg.rho)
+    prominent = core.reliability(target_reward, rewards, lowest, **reward_gate(cfg))
     same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
     shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
                   not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
@@ -480,11 +505,11 @@ def evaluate(policy, ranker, prompts, cfg):
     for rows in progress(everyone.split(cfg.eval_batch_size), "evaluate"):
         part = prompts.rows(rows)
         prompt = prefill(policy, part.history)
-        beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width))
+        beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.allowed))
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
         points = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
-        samples, _ = tree_decode(policy, prompt, sample(points))
+        samples, _ = tree_decode(policy, prompt, sample(points, policy.allowed))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
         valid, hit = item >= 0, item == part.target[:, None]
         place = valid.cumsum(1)  # among the valid beams, from 1
@@ -496,9 +521,9 @@ def evaluate(policy, ranker, prompts, cfg):
             each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
         each["hallucination"] = 1 - valid.float().mean(1)
         each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
-        parts.append({k: v.float() for k, v in each.items()} | {"rank": rank, "item": item})
+        parts.append({k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1)))
     each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item")}, each
+    return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
 
 
 # == Part II: the shop =======================================================================================
@@ -520,19 +545,33 @@ class Catalogue:
         self.words = words if ready else [f"<{chr(97 + i)}_{code}>" for i, code in codes]
         # Per level, the sorted pairs node * S + token of a node (a prefix that exists) and a token that
         # continues it. A pair's place is the node's number at the next level.
-        node, self.pairs = np.zeros(self.N, int), []
+        node, self.pairs, self.fan_out = np.zeros(self.N, int), [], []
         for column in tokens.T:
             pairs, node = np.unique(node * self.S + column, return_inverse=True)
             self.pairs.append(torch.as_tensor(pairs, device=device))
+            self.fan_out.append(np.bincount(pairs // self.S).max())  # the most continuations of a node
         self.tokens, self.item_at = (torch.as_tensor(x, device=device) for x in (tokens, np.argsort(node)))
+
+    def node(self, prefix):
+        """(..., l) words -> (...) numbers of nodes; where there is no such node, of any."""
+        node = prefix.new_zeros(prefix.shape[:-1])
+        for token, pairs in zip(prefix.unbind(-1), self.pairs, strict=False):
+            node = torch.searchsorted(pairs, node * self.S + token).clamp(max=len(pairs) - 1)
+        return node
 
     def item(self, tokens):
         """(..., L) words of the policy -> (...) items, -1 where none has that Semantic ID."""
-        node = torch.zeros_like(tokens[..., 0])
-        for level, pairs in enumerate(self.pairs):  # leads to the right item if there is one, else to any
-            node = torch.searchsorted(pairs, node * self.S + tokens[..., level]).clamp(max=len(pairs) - 1)
-        item = self.item_at[node]
+        item = self.item_at[self.node(tokens)]
         return torch.where((self.tokens[item] == tokens).all(-1), item, -1)
+
+    def continues(self, prefix, logp):
+        """Which of the words of logp (B, n, V) continue the prefixes of items (B, n, l): boolean."""
+        node, level = self.node(prefix)[..., None], prefix.shape[-1]
+        first = torch.searchsorted(self.pairs[level], node * self.S)  # they lie side by side from here to
+        last = torch.searchsorted(self.pairs[level], (node + 1) * self.S) - 1
+        place = torch.minimum(first + torch.arange(self.fan_out[level], device=node.device), last)
+        words = self.pairs[level][place] % self.S
+        return torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, words, True)
 
 
 class Prompts(NamedTuple):
@@ -546,7 +585,7 @@ class Prompts(NamedTuple):
 
 class ImpressionLog(NamedTuple):
     history: torch.Tensor  # (n, H)
-    item: torch.Tensor  # (n, I) what was shown
+    item: torch.Tensor  # (n, I) what was shown, -1 on the right where there was less
     click: torch.Tensor  # (n, I) boolean
     order: torch.Tensor | None  # (n, I) boolean, only where clicked; None if orders were not recorded
 
@@ -557,34 +596,58 @@ class Data(NamedTuple):
     rl: Prompts
     valid: Prompts
     test: Prompts
-    log: ImpressionLog
-    world: dict | None  # the toy's truth, which no learner may see
+    log: ImpressionLog  # what the ranker learns from
+    holdout: ImpressionLog | None  # and what it is judged on
+    source: str  # of the log, in words
+    world: dict | None = None  # the toy's truth, which no learner may see
 
 
-LAYOUTS = {  # catalogue file -> ending of the files beside it, and what a row looks like
-    "index.json": (".csv", "a history_item_sid like ['<a_1>...', ...] and an item_sid like <a_5><b_0><c_1>"),
-    "catalogue.json": (".jsonl", '{"history": [[12, 3, 4], ...], "target": [5, 0, 1]}')}
+LAYOUTS = {  # catalogue file -> ending of the files beside it, and their names of our fields
+    "index.json": (".csv", dict(history="history_item_sid", target="item_sid", shown="shown_item_sid")),
+    "catalogue.json": (".jsonl", {})}
 
 
 def load_data(folder, cfg):
     """Read MiniOneRec's layout or JSONL, see docs/data.md."""
-    source = next((name for name in LAYOUTS if Path(folder, name).is_file()), None)
+    folder, device = Path(folder), cfg.device
+    source = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if not source:
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md")
-    catalogue, splits = Catalogue(read_catalogue(Path(folder, source)), cfg.device), []
-    for name in ("train", "valid", "test"):
-        rows = [row[-cfg.max_history - 1 :] for row in read_rows(Path(folder, name), catalogue, source)]
-        longest = max(map(len, rows))
-        rows = torch.tensor([[-1] * (longest - len(row)) + row for row in rows], device=cfg.device)
-        splits.append(Prompts(rows[:, :-1], rows[:, -1], torch.arange(len(rows), device=cfg.device)))
+    catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
+
+    def pad(rows, left=0):  # lists of various lengths -> (n, longest), -1 where there is nothing
+        longest = max(1, *map(len, rows))
+        fill = [[-1] * (longest - len(row)) for row in rows]
+        return torch.tensor([gap + row if left else row + gap for gap, row in zip(fill, rows, strict=True)],
+                            device=device)
+
+    def prompts(name):
+        history, target = zip(*read_rows(folder / name, catalogue, source, "history", "target"), strict=True)
+        target = torch.tensor(target, device=device)
+        user = torch.arange(len(target), device=device)
+        return Prompts(pad([x[-cfg.max_history :] for x in history], left=True), target, user)
+
+    train, valid, test = map(prompts, ("train", "valid", "test"))
+    labelled = prompts("rl") if os.path.lexists(folder / f"rl{ending}") else train
+    rl = subset(labelled, cfg.rl_prompts, cfg.seed, "prompts of the method")
+    if os.path.lexists(folder / f"log{ending}"):
+        rows = read_rows(folder / "log", catalogue, source, "history", "shown", "click", "order")
+        history, shown, click, order = zip(*rows, strict=True)
+        order = None if order[0] is None else pad(order) > 0
+        log = [pad([x[-cfg.max_history :] for x in history], left=True), pad(shown), pad(click) > 0, order]
+        n = len(rows) - int(len(rows) * cfg.log_holdout)
+        log, holdout = (ImpressionLog(*(x if x is None else x[part] for x in log))
+                        for part in (slice(n), slice(n, None)))
+        origin = f"the first {n} of {len(rows)} rows of log{ending}"
+        return Data(catalogue, train, rl, valid, test, log, holdout if n < len(rows) else None, origin)
     # Without an exposure log, the ranker learns to tell what was bought from 15 items drawn by popularity.
-    train, n, bought = splits[0], len(splits[0].target), splits[0].target[:, None]
-    generator = make_generator(cfg.seed, "negatives of the ranker", cfg.device)
-    others = torch.randint(n, (n, 15), generator=generator, device=cfg.device)
+    n, bought = len(train.target), train.target[:, None]
+    generator = make_generator(cfg.seed, "negatives of the ranker", device)
+    others = torch.randint(n, (n, 15), generator=generator, device=device)
     item = torch.cat([bought, train.target[others]], 1)
     log = ImpressionLog(train.history, item, item == bought, None)
-    rl = subset(train, cfg.rl_prompts, cfg.seed, "prompts of the method")
-    return Data(catalogue, train, rl, *splits[1:], log, None)
+    origin = f"train{ending}, what was bought against 15 popular items (there is no log{ending})"
+    return Data(catalogue, train, rl, valid, test, log, None, origin)
 
 
 def subset(prompts, n, seed, purpose):
@@ -596,7 +659,7 @@ def subset(prompts, n, seed, purpose):
 def read_catalogue(path):
     """The distinct Semantic IDs, in their order; items that share one cannot be told apart."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({first_line(error)})") from None
     sids, entries = {}, dict(enumerate(entries)) if isinstance(entries, list) else entries
@@ -613,48 +676,86 @@ def read_catalogue(path):
     return list(sids)
 
 
-def read_rows(path, catalogue, source):
-    """The items of each row, the target last; a row that cannot be used is refused by its line."""
-    ending, example = LAYOUTS[source]
-    path, known, found = path.with_suffix(ending), {repr([*sid]): i for sid, i in catalogue.row.items()}, []
+def numbered(table, path):
+    """The header of a CSV file, then its rows with their line numbers."""
+    try:
+        yield list(table.fieldnames or ())
+        yield from ((table.line_num, row) for row in table)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: {error}; close each quote") from None
+
+
+def once(pairs):
+    """An object of JSON, none of whose keys may be there twice: json would keep the last one silently."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise UserError(f"a key is there twice in {found!s:.80}")
+    return found
+
+
+def read_rows(path, catalogue, source, *fields):
+    """Each row's `fields`, Semantic IDs as items; a row that cannot be used is refused by its line."""
+    (ending, names), found, sid = LAYOUTS[source], [], next(iter(catalogue.row))
+    path, is_csv = path.with_suffix(ending), ending == ".csv"
+    sid = "".join(map(str, sid)) if is_csv else [*sid]
+    columns = {field: names.get(field, field) for field in fields}
+    like = dict(history=[sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
+    expected = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
+    known = {repr([*sid]): i for sid, i in catalogue.row.items()}
+    first = f"{next(iter(known)):.60}, {catalogue.L} tokens, numbers or text"
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no such file, or not in UTF-8 ({first_line(error)}); {source} needs train, "
                         f"valid and test{ending} beside it") from None
     rows = enumerate(text.split("\n") if text else (), 1)  # splitlines() would split at U+2028 too
-    if ending == ".csv":
+    if is_csv:
+        warnings.simplefilter("ignore", SyntaxWarning)  # of literals, which are refused in one line
         csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
-        table, columns = csv.DictReader(line + "\n" for _, line in rows), ("item_sid", "history_item_sid")
-        header = list(table.fieldnames or ())
-        if any(header.count(name) != 1 for name in columns):
-            raise UserError(f"{path}, line 1: needs one column history_item_sid and one item_sid, "
+        table = csv.DictReader((line + "\n" for _, line in rows), strict=True)
+        rows = numbered(table, path)
+        header = next(rows)
+        if any(header.count(x) != 1 and (x != "order" or x in header) for x in columns.values()):
+            raise UserError(f"{path}, line 1: needs one column each of {[*columns.values()]}, "
                             f"has {header!r:.150}")
-        rows = ((table.line_num, {name: row[name] for name in columns}) for row in table)
+
+    def parse(field, x):
+        if field == "order" and x is None:
+            return None
+        if is_csv and field != "target":  # lists are Python literals: parsed as such, never evaluated
+            joined = re.search(r"['\"]\s+['\"]", x)  # NumPy prints no commas, Python would join words
+            x = None if joined else ast.literal_eval(x)
+        x = [x] if field == "target" else x
+        if not isinstance(x, list) or not (x or (field == "history" and "shown" in fields)):
+            raise TypeError
+        if field in ("click", "order"):
+            if not all(type(y) in (int, bool) and y in (0, 1) for y in x):
+                raise UserError(f"{field} {x!r:.40} holds more than 0 and 1")
+            return x
+        if is_csv:
+            x = [re.findall("<[^<>]+>", re.fullmatch("(<[^<>]+>)+", sid)[0]) for sid in x]
+        for sid in x:
+            if repr(sid) not in known:  # of the same types too: 0.0 and False are equal to 0
+                raise UserError(f"Semantic ID {sid!r:.60} is not in {source}, where all are like {first}")
+        items = [known[repr(sid)] for sid in x]
+        return items[0] if field == "target" else items
+
     for line, row in rows:
         try:
-            if ending == ".csv":  # lists are Python literals: parsed as such, never evaluated
-                cell = row["history_item_sid"]
-                joined = re.search(r"['\"]\s+['\"]", cell)  # NumPy prints no commas, Python would join words
-                history = None if joined else ast.literal_eval(cell)
-                cells = [*history, row["item_sid"]]
-                sids = [re.findall(r"<[^<>]+>", re.fullmatch(r"(<[^<>]+>)+", cell)[0]) for cell in cells]
-            else:
-                history, target = (json.loads(row)[key] for key in ("history", "target"))
-                sids = [*history, target]
-            if not history or not all(isinstance(x, list) for x in (history, *sids)):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, SyntaxError, MemoryError, RecursionError):
-            raise UserError(f"{path}, line {line}: expected {example}, got {row!r:.100}; if the "
-                            "history is empty, drop the row") from None
-        for sid in sids:
-            if repr(sid) not in known:  # of the same types too: 0.0 and False are equal to 0
-                raise UserError(f"{path}, line {line}: Semantic ID {sid!r:.60} ({len(sid)} tokens) is not in "
-                                f"{source}, where all have {catalogue.L} tokens, numbers or text, such as "
-                                f"{next(iter(known)):.60}; drop the row, or spell it as there")
-        found.append([known[repr(sid)] for sid in sids])
+            row = row if is_csv else json.loads(row, object_pairs_hook=once)
+            x = {field: parse(field, row.get(column)) for field, column in columns.items()}
+            click, order = x.get("click", []), x.get("order") or []
+            if len(x.get("shown", [])) != len(click) or (order and len(order) != len(click)):
+                raise UserError("shown, click and order are not equally long")
+            if any(y > z for y, z in zip(order, click, strict=False)):
+                raise UserError("an order without a click")
+            found.append([*x.values()])
+            if (found[-1][-1] is None) != (found[0][-1] is None):
+                raise UserError("order has to be there in all rows or in none")
+        except (ValueError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
+            what = error if isinstance(error, UserError) else f"got {row!r:.100}"
+            raise UserError(f"{path}, line {line}: {what}; expected {expected}; or drop the row") from None
     if not found:
-        raise UserError(f"{path}: holds no rows; put at least one history and target in it")
+        raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
     return found
 
 
@@ -754,7 +855,7 @@ def toy_world(cfg, world=World()):
                  level1=level1, weight=w.popularity)
     after = rl_week + w.rl
     return Data(Catalogue(sids, cfg.device), prompts(w.warm_up, w.sft), rl, prompts(after, w.valid),
-                prompts(after + w.valid, w.test), table(ImpressionLog, logs), truth)
+                prompts(after + w.valid, w.test), table(ImpressionLog, logs), None, "the toy's log", truth)
 
 
 # -- the ranker: the reward model, trained on the log alone --------------------------------------------------
@@ -798,13 +899,30 @@ def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
     order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
     for step in progress(range(steps), "ranker"):
         history, item, click, ordered = (x if x is None else x[order[step]] for x in log)
-        logit, click = ranker(history, item), click.float()
-        loss = F.binary_cross_entropy_with_logits(logit[..., 0], click)
+        logit, click, shown = ranker(history, item), click.float(), (item >= 0).float()
+        loss = F.binary_cross_entropy_with_logits(logit[..., 0], click, weight=shown)
         if ordered is not None:  # an order can be seen only where there was a click
             loss = loss + F.binary_cross_entropy_with_logits(logit[..., 1], ordered.float(), weight=click)
+        loss = loss / shown.mean()  # rows may be of different lengths
         loss.backward()
         optimizer.step(f"ranker, step {step + 1}", loss=loss)
     return ranker.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def judge_ranker(ranker, log):
+    """{"click_auc", "order_auc"}: how often what was clicked (of that: ordered) is put above what was not."""
+    found, parts = {}, torch.arange(len(log.item), device=log.item.device).split(1024)
+    p = [ranker.probabilities(log.history[rows], log.item[rows]) for rows in parts]
+    for head, label, counts in (("click", log.click, log.item >= 0), ("order", log.order, log.click)):
+        if label is not None:
+            y, x = label[counts], torch.cat([part[head] for part in p])[counts]
+            _, place, ties = x.unique(return_inverse=True, return_counts=True)
+            rank = (ties.cumsum(0) - (ties - 1) / 2)[place].double()  # equal ones share their mean rank
+            yes, no = y.sum().item(), (~y).sum().item()
+            if yes and no:
+                found[f"{head}_auc"] = (rank[y].mean().item() - (yes + 1) / 2) / no
+    return found
 
 
 def make_reward(ranker, cfg):
@@ -859,6 +977,44 @@ def reward_of(reward, history, item, parts):
         scores = reward(history[local], item[local])
     named = {name: gather([x]) for name, x in (scores if isinstance(scores, dict) else {"": scores}).items()}
     return sum(named.values()), {f"reward/{name}": x.mean() for name, x in named.items() if name}
+
+
+@torch.no_grad()
+def ranker_influence(policy, reward, prompts, each, cfg):
+    """The paper's Section 4 for prompts that were evaluated, `each` having their beams: a row of numbers.
+
+    It is the gate with beams as rollouts, and beside it that of a ranker which answers at random. A truth
+    that the beams have missed is ranked as if it were among them.
+    """
+    items, M, parts = each["item"], cfg.negatives, []
+    n, W = items.shape
+    if n < 2 or not M or W * cfg.tau < 1:
+        return {}
+    generator = make_generator(cfg.seed, "influence", cfg.device)
+    for rows in torch.arange(n, device=cfg.device).split(cfg.eval_batch_size):
+        part, at = prompts.rows(rows), items[rows]
+        u = torch.rand(len(rows), W + 1 + 3 * M, generator=generator, device=cfg.device)
+        others = (rows[:, None] + 1 + (u[:, :M] * (n - 1)).long()) % n
+        pool = torch.cat([at, part.target[:, None], items[others, (u[:, M : 2 * M] * W).long()]], 1)
+        first = (pool[:, :, None] == pool[:, None]).int().argmax(-1)  # equal items get equal scores
+        by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
+        by_ranker = reward(part.history, pool)
+        by_ranker = sum(by_ranker.values()) if isinstance(by_ranker, dict) else by_ranker
+        target_logp = -core.nll_loss(prefill_with_target(policy, part)[1])
+        logp = torch.where(at == part.target[:, None], target_logp[:, None], each["logp"][rows])
+        found = [core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)]
+        for x in by_ranker, by_chance:
+            x = x[:, W], x[:, :W], x[:, W + 1 :]
+            found += core.policy_rank(*x[:2], ties=cfg.ties), core.reliability(*x, **reward_gate(cfg))
+        parts.append(found)
+    llm_rank, hard, *found = map(torch.cat, zip(*parts, strict=True))
+    row = dict(prompts=n, beams=W)
+    for who, rm_rank, reliable in (("ranker", *found[:2]), ("chance", *found[2:])):
+        row[f"{who}/reliable"] = reliable.float().mean()
+        strata = core.reward_influence(llm_rank, rm_rank, hard=hard, discriminable=reliable)
+        for name, stratum in strata._asdict().items():
+            row |= {f"{who}/{name}/{key}": x for key, x in stratum._asdict().items() if x.isfinite()}
+    return row
 
 
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
@@ -1003,6 +1159,11 @@ def batches(n, size, steps, generator):
     return torch.cat(rounds)[: steps * size].view(steps, size)
 
 
+def print_main(text):
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def progress(steps, name):
     return tqdm(steps, name, leave=False, mininterval=0.5, dynamic_ncols=True, disable=rank() > 0 or None)
 
@@ -1118,9 +1279,9 @@ class Checkpoints:
     """
 
     def __init__(self, out, cfg, data):
-        self.out, self.state, self.base = out, {}, {}
+        self.out, self.policy, self.state, self.base, self.best = out, None, {}, {}, {}
         content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
-        for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log):
+        for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
             content.update(b"" if x is None else x.cpu().numpy().tobytes())
         same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
         self.origin = {"set of data": content.hexdigest(), "number of processes": world_size(),
@@ -1134,10 +1295,13 @@ class Checkpoints:
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["tensor"]] if "tensor" in x else x))
-                self.base = self.state["base"]
+                self.base, self.best = self.state["base"], self.state["best"]
                 for key, x in self.origin.items():
                     if x != self.state["origin"][key]:
                         raise ValueError(f"the run was begun with another {key}")
+                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.state["model"]))
+                model.load_state_dict(self.state["policy"], strict=False)  # tied weights are there once
+                self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
             except Exception as error:  # a disk can do anything to a file
                 raise UserError(f"{path}: {first_line(error)}; mend that, or begin a new run") from None
 
@@ -1165,7 +1329,8 @@ class Checkpoints:
 
         generators = {use: generator.get_state() for use, generator in generators.items()}
         state = dict(phase=phase, step=step, origin=self.origin, rows=rows, generators=generators,
-                     base=self.base, policy=weights(policy.model), model=policy.model.config.to_dict(),
+                     base=self.base, best=self.best, policy=weights(policy.model),
+                     model=policy.model.config.to_dict(),
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1187,14 +1352,40 @@ COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %"
            "halluc. %": "hallucination", "sampled %": "sampled_hallucination", "admitted %": "admitted"}
 
 
+def markdown(titles, rows):
+    """The first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    dashes = [("-" * n)[bool(i) :] + ":" * bool(i) for i, n in enumerate(widths)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+             for row in (titles, dashes, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table(results):
-    """The paper's Table 4 as Markdown."""
-    titles = ["method".ljust(11), *COLUMNS]
-    rows = [titles, ["-" * 11, *("-" * (len(title) - 1) + ":" for title in COLUMNS)]]
+    """The paper's Table 4."""
+    rows = []
     for name, row in results.items():
         cells = [(row.get(key), 100 if "%" in title else 1) for title, key in COLUMNS.items()]
-        rows.append([name.ljust(11), *("" if x is None else f"{x * n:.{3 - (n > 1)}f}" for x, n in cells)])
-    return "\n".join(f"| {' | '.join(map(str.rjust, row, map(len, titles)))} |" for row in rows)
+        rows.append([name, *("" if x is None else f"{x * n:.{3 - (n > 1)}f}" for x, n in cells)])
+    return markdown(["method".ljust(11), *COLUMNS], rows)
+
+
+def influence_table(row):
+    """Tables 1 to 3 of the paper's Section 4, and in a sentence what they mean for the gate."""
+    rows, strata = [], {"all": "overall", "hard (D)": "hard", "hard and discriminable (D R)": "discriminable"}
+    for (title, stratum), who in itertools.product(strata.items(), ("ranker", "chance")):
+        cells = zip(core.Stratum._fields, (".2f", ".2f", "+.2f", ".1%"), strict=True)
+        cells = [(row.get(f"{who}/{stratum}/{key}"), form) for key, form in cells]
+        title += ", a random ranker" if who == "chance" else ""
+        rows.append([title, *("" if x is None else format(x, form) for x, form in cells)])
+    size = f"{row['prompts']} prompts, {row['beams']} beams"
+    titles = [size, "LLM rank", "RM rank", "influence", "coverage"]
+    R, chance = row["ranker/reliable"], row["chance/reliable"]
+    clear = R - chance > 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
+    verdict = (f"{R / max(chance, 1e-9):.1f} times as often: the ranker separates" if clear and chance else
+               "the ranker separates" if clear else "no clear difference: expect nothing of the gate")
+    return (f"## Influence of the ranker\n\n{markdown(titles, rows)}\n\n"
+            f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.\n")
 
 
 def picture(rows, path):
@@ -1237,25 +1428,30 @@ def run(cfg):
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
         checkpoints = Checkpoints(out, cfg, data)
-        if policy is None:  # --model's folder is no longer needed
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoints.state["model"]))
-            model.load_state_dict(checkpoints.state["policy"], strict=False)  # tied weights are there once
-            policy, rows[:] = make_policy(model, data.catalogue, cfg), checkpoints.state["rows"]
-        if rank() == 0:
-            sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
-            print(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint", flush=True)
+        policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
+        sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
+        print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
         return train_and_report(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
 
 
 def train_and_report(policy, reward, data, cfg, log, checkpoints):
     out, names, rows, began = checkpoints.out, methods(cfg) if cfg.rl_steps else [], log.rows, time.time()
     ranker = train_ranker(data.catalogue, data.log, cfg)
+    judged = judge_ranker(ranker, data.holdout) if data.holdout else {}
+    learnt = f"ranker: learnt from {data.source}" + "".join(f"; {k} {x:.3f}" for k, x in judged.items())
+    print_main(learnt)
+    if judged and not rows:
+        log(phase="ranker", step=0, **judged)
     reward = reward or make_reward(ranker, cfg)
     prompts = {"test": subset(data.test, cfg.eval_prompts, cfg.seed, "test"),
                "valid": subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")}
 
     def measure(phase, method, step, **more):
         log(phase=phase, method=method, step=step, **evaluate(policy, ranker, prompts[phase], cfg)[0], **more)
+
+    def curve(method):
+        return {row["step"]: row.get("hr@10") for row in rows
+                if row["phase"] == "valid" and row["method"] == method}
 
     def numbers(row):
         return {k: x for k, x in row.items() if k not in ("phase", "method", "step", "seconds", "memory")}
@@ -1264,6 +1460,9 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
             measure("valid", phase, step)
+            *before, now = curve(phase).values()
+            if cfg.keep == "best" and now > max(before):
+                checkpoints.best = {name: x.clone() for name, x in weights(policy.model).items()}
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, rows, phase, step, *state)
 
@@ -1273,11 +1472,14 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
     if checkpoints.state.get("phase") not in names:
         train_sft(policy, data.sft, cfg, log, *hooks("sft"))
     base = checkpoints.base or {name: x.clone() for name, x in weights(policy.model).items()}
-    checkpoints.base = base if len(names) > 1 else {}  # the others start from it
+    checkpoints.base = base if len(names) > 1 or cfg.keep == "best" else {}  # others start from it
     tested = {row["method"] for row in rows if row["phase"] == "test"}
-    start = [evaluate(policy, ranker, prompts["valid"], cfg)[0]] if not tested else [
-        numbers(row) for row in rows if row["phase"] == "valid"]  # the first of these is of the base policy
+    start = [numbers(row) for row in rows if row["phase"] == "valid"][:1]  # of the base policy
     if not tested:
+        *start, each = evaluate(policy, ranker, prompts["valid"], cfg)
+        if influence := ranker_influence(policy, reward, prompts["valid"], each, cfg):
+            log(phase="influence", step=0, **influence)
+            print_main(influence_table(rows[-1]))
         measure("test", "base", 0)
     for name in [name for name in names if name not in tested]:
         if checkpoints.state.get("phase") != name:
@@ -1286,7 +1488,12 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
         train_rl(policy, reward, data.rl, cfg, name, log, *hooks(name))
         mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
         admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
-        measure("test", name, cfg.rl_steps, admitted=admitted)
+        kept = {}
+        if cfg.keep == "best":
+            kept = dict(kept_step=max(curve(name), key=curve(name).get))
+            policy.model.load_state_dict(checkpoints.best or base, strict=False)
+            checkpoints.best = {}
+        measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
@@ -1296,17 +1503,20 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
             policy.save(out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
         picture(rows, out / "dynamics.png")
+        influence = "".join(influence_table(row) for row in rows if row["phase"] == "influence")
         given = [(to_flag(name), x) for name, x in dataclasses.asdict(cfg).items()
                  if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
         again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
         machine = f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads"
         tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-        page = f"{table(results)}\n\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
+        named = {name + (f", step {x['kept_step']}" if "kept_step" in x else ""): x
+                 for name, x in results.items()}
+        page = f"{table(named)}\n\n{learnt}\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
         (out / "report.partial").write_text(f"# {out.name}\n\n`python nanoadagrpo.py {again}`\n\n{page}\n"
-                                            "![training dynamics](dynamics.png)\n")
+                                            f"![training dynamics](dynamics.png)\n\n{influence}")
         (out / "report.partial").rename(out / "report.md")
-        for path in checkpoints.files():  # the run is complete
-            path.unlink()
+        for path in (*checkpoints.files(), *out.rglob(".tmp*")):  # the run is complete
+            path.unlink()  # the latter are safetensors' own, of a run that was killed
         print(f"\n{page}report, figure and policy: {out}")
     return results
 
@@ -1380,11 +1590,13 @@ def check_settings(cfg):
         if name not in METHODS or names.count(name) > 1:
             hint = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, METHODS, 1))
             raise UserError(f"--method {name:.80}: {hint}Choose from {', '.join(METHODS)}, all; each once")
+    if cfg.keep == "best" and cfg.beam_width < 10:
+        raise UserError("--keep best: chosen by HR@10, which needs --beam-width 10 or more")
     try:  # the core knows which tau, rho and epsilon cannot work; ask it now, not after the supervised steps
         if names != ["nll"]:
             one = np.zeros((1, K))
             core.group_advantages(one)
-            core.reliability(one[:, 0], one, one[:, : min(M, 1)], tau=cfg.tau, rho=cfg.rho)
+            core.reliability(one[:, 0], one, one[:, : min(M, 1)], **reward_gate(cfg))
             core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
             if M > (B - 1) * K:
                 raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "
@@ -1444,15 +1656,18 @@ def parse(argv):
 
 
 def interrupt(number, frame):  # Ctrl-C or SIGTERM: what to say, and the exit code
-    raise KeyboardInterrupt("stopped before the first step; nothing is lost", 128 + number)
+    for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt("stopped; nothing is lost", 128 + number)
 
 
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
     handlers = {}
-    with contextlib.suppress(ValueError):  # only the main thread may
-        handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        with contextlib.suppress(ValueError):  # only the main thread may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, interrupt)
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
             if cfg.device.startswith("cuda"):
@@ -1468,7 +1683,7 @@ def main(argv=None):
             text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         if os.environ.get("RANK", "0") == "0":  # all processes say the same
-            text = text if len(text) < 285 else f"{text[:140]} ... {text[-140:]}"
+            text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
             print(f"nanoadagrpo: {text}", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
