@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as npst
 # 0.1, 0.35 and 0.7 have no exact binary form; 1e3 makes a group's spread dwarf its other members.
 GRID = [-1.0, 0.0, 0.1, 0.35, 0.7, 1.0, 1e3]
 WILD = [*GRID, float("inf"), float("-inf"), float("nan")]
-# Few sizes, so that compiled functions are compiled few times. B, K, M, L.
-SIZES = [(1, 3, 1, 3), (3, 7, 2, 2)]
+# Few sizes, and the second one that of other tests, so that JAX compiles few times. B, K, M, L.
+SIZES = [(1, 3, 1, 3), (4, 5, 2, 3)]
 
 
 class Sizes(NamedTuple):

@@ -38,16 +38,6 @@ def test_the_defaults_are_the_sample_spread_and_an_eps_of_one_ten_thousandth(xp)
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("eps", [0.0, 1e-9, 1e-4])
-@pytest.mark.parametrize("reward", [0.7, 0.1, -1e6, 0.0])
-def test_equal_rewards_have_advantage_exactly_zero(xp, dtype, eps, reward):
-    for K in (2, 3, 7):
-        found = xp.run(group_advantages, np.full((2, K), reward, dtype=dtype), eps=eps)
-        assert found.tolist() == [[0.0] * K] * 2
-
-
-@every_backend
 @pytest.mark.parametrize("correction, K", [(0, 1), (1, 2)])
 def test_the_smallest_group_allowed_has_finite_advantages(xp, correction, K):
     rewards = np.arange(1.0, K + 1)[None, :]
@@ -143,10 +133,10 @@ def test_rewards_below_the_least_normal_number_still_differ(xp, dtype, least):
 
 @every_backend
 @every_dtype
-@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-4, 1.0, 1e4])
-def test_equal_rewards_of_any_size_have_advantage_exactly_zero(xp, dtype, eps):
-    sizes = [0.0, 1e-45, 1e-38, 1e-30, 0.7, 1.0, 1e19, 1e30, 3e38]
-    rewards = np.asarray([[sign * size] * 7 for size in sizes for sign in (1, -1)], dtype=dtype)
+@pytest.mark.parametrize("K, eps", [(7, 0.0), (7, 1e-12), (7, 1e-4), (7, 1e4), (2, 1e-9), (3, 0.0)])
+def test_equal_rewards_have_advantage_exactly_zero(xp, dtype, K, eps):
+    sizes = [0.0, 1e-45, 1e-38, 1e-30, 0.1, 0.7, 1.0, 1e6, 1e19, 1e30, 3e38]
+    rewards = np.asarray([[sign * size] * K for size in sizes for sign in (1, -1)], dtype=dtype)
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         found = xp.run(group_advantages, rewards, eps=eps)
     assert (found == 0).all()

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: MIT
+"""`DEEP_TESTS=1 pytest` tries more: 100 draws of every property of the core, and a kill at every touch of the disk."""
+
+import gc
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """What earlier files and the libraries leave is not looked through again at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
