@@ -124,6 +124,7 @@ def test_every_command_line_of_the_script_runs_made_small(command, tmp_path, mon
     torch.set_num_threads(1)
     world = nano.World(codes=6, items=60, users=60, impressions=8)
     monkeypatch.setattr(nano, "toy_world", lambda cfg: whole(cfg, world))
+    monkeypatch.setattr(nano, "picture", lambda rows, path: path.touch())  # which is most of so short a run
     monkeypatch.chdir(tmp_path)
     none = [word for flag in ("--sft-steps", "--rl-steps") if f"{flag} 0" in command for word in (flag, "0")]
     results = nano.main([*words, *SMALL, *none])  # what is said twice is as it is said last

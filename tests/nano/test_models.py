@@ -27,9 +27,10 @@ from transformers import (
 
 import nanoadagrpo as nano
 
-from .helpers import FAMILIES, QUICK, SIZES, beam_search, distance, plain_logp, save_model, settings, state
+from .helpers import FAMILIES, QUICK, SHOP, SIZES, beam_search, distance, plain_logp, save_model, settings, state
 from .shops import CODES, jsonl, minionerec
 
+pytestmark = pytest.mark.usefixtures("unpainted")
 CATALOGUE = nano.Catalogue([(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 1), (2, 1, 0)])
 HISTORIES = torch.tensor([[-1, -1, 3], [0, 5, 2], [-1, 4, 4], [1, 0, 3]])
 PROMPTS = nano.Prompts(HISTORIES, torch.tensor([3, 0, 5, 1]), torch.arange(4))
@@ -314,6 +315,7 @@ def finished(tmp_path_factory):
 
 
 OPTIONS = ["--max-history", "4", "--sft-lr", "1e-2"]
+TOY = ["--toy", "--device", "cpu", *QUICK]
 
 
 def test_a_model_goes_from_a_folder_to_a_report(finished):
@@ -336,16 +338,29 @@ def test_a_finished_policy_is_a_model_that_evaluates_to_what_it_did_and_can_be_t
         assert distance(weights[0], load_file(folder / "on" / "policy" / name / "model.safetensors")) > 0
 
 
-def test_the_same_seed_gives_the_same_numbers_in_a_fresh_process(finished):
+FRESH = f"""
+import sys, nanoadagrpo as nano
+nano.picture, whole = lambda rows, path: path.touch(), nano.toy_world
+nano.main(sys.argv[1:])
+nano.toy_world = lambda cfg: whole(cfg, nano.{SHOP})
+nano.main({TOY} + ["--out", "toy fresh"])
+"""
+
+
+def test_the_same_seed_gives_the_same_numbers_in_a_fresh_process(finished, small_shop, monkeypatch):
+    """With a model and data, and in a toy shop."""
     folder, _ = finished
-    command = [sys.executable, nano.__file__, "--data", folder / "shop", "--device", "cpu", *QUICK, "--batch-size", "4",
-               *OPTIONS, "--model", folder / "model", "--out", folder / "fresh"]
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", FRESH, "--data", "shop", "--device", "cpu", *QUICK, "--batch-size", "4", *OPTIONS,
+               "--model", "model", "--out", "fresh"]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(pathlib.Path(nano.__file__).parent)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert rows_of(folder / "fresh") == rows_of(folder / "first")
-    one, other = ((folder / out / "policy" / "model.safetensors").read_bytes() for out in ("first", "fresh"))
-    assert one == other
+    monkeypatch.chdir(folder)
+    nano.main([*TOY, "--out", "toy first"])
+    for first, fresh, files in (("first", "fresh", 1), ("toy first", "toy fresh", 2)):
+        assert rows_of(folder / fresh) == rows_of(folder / first)
+        for file in ["policy/model.safetensors", "ranker.safetensors"][:files]:
+            assert (folder / fresh / file).read_bytes() == (folder / first / file).read_bytes()
 
 
 def test_an_inherited_generation_config_has_no_influence(finished):

@@ -17,6 +17,8 @@ from .helpers import QUICK, distance, settings
 from .shops import jsonl
 from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, train
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture
 def mine(folder, monkeypatch):
