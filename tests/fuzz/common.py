@@ -266,7 +266,3 @@ def remove(path):
         path.rmdir()
     else:
         path.unlink(missing_ok=True)
-
-
-def has_flag(name):
-    return name in {field.name for field in dataclasses.fields(nano.Settings)}

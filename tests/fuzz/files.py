@@ -12,7 +12,7 @@ import warnings
 
 import nanoadagrpo as nano
 
-from .common import Result, has_flag, make_draw, make_shop, not_one_line, ordinary_user, remove
+from .common import Result, make_draw, make_shop, not_one_line, ordinary_user, remove
 from .oracle import Bad, Reading
 
 # -- damage to bytes and lines -------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def same(data, reading, cfg):
         padded = zip(prompts.history[order].tolist(), history, strict=True)
         if any(-1 in x[len(x) - len(y) :] for x, y in padded):
             return f"histories of {name} that are not padded on the left"
-    if not has_flag("log_holdout") or "log" not in reading.tables:
+    if "log" not in reading.tables:
         return ""
     logs = [x for x in (data.log, data.holdout) if x is not None]
     found = []
@@ -526,11 +526,10 @@ def attempt(seed, number, place):
     draw = make_draw(seed, "files", number)
     long = "/".join(["a folder of a name that is rather long"] * draw.randint(2, 5))
     folder = long if draw.random() < 0.02 else "shop"
-    shop = make_shop(draw, extra=has_flag("log_holdout"))
+    shop = make_shop(draw)
     path = shop.write(place / folder)
-    changes = {"max_history": draw.choice([1, 3, 10])} | (
-        {"log_holdout": draw.choice([0.0, 0.1, 0.5])} if has_flag("log_holdout") else {})
-    cfg = nano.Settings(data=folder, device="cpu", **changes)
+    cfg = nano.Settings(data=folder, device="cpu", max_history=draw.choice([1, 3, 10]),
+                        log_holdout=draw.choice([0.0, 0.1, 0.5]))
     try:
         what, name = ("nothing", "") if draw.random() < 0.03 else spoil(draw, path)
         outcome, fault = check(folder, cfg, deep=draw.random() < 0.1)

@@ -70,6 +70,8 @@ class Reading:
         wanted = {"history", *(("shown", "click", "order") if file.startswith("log") else ("target",))}
         if twice and (not lines or wanted & {*twice}):
             raise Bad(file, f"keys that are there twice: {twice[:3]!r:.80}", lines)
+        if twice:
+            self.doubts.append("a key twice that nobody reads")
         return found
 
     def read_catalogue(self):

@@ -13,8 +13,8 @@ from .common import child, make_draw, make_shop, warm
 OPTIONS = ["--device", "cpu", "--sft-steps", "4", "--sft-batch-size", "8", "--rl-steps", "4", "--batch-size",
            "4", "--group-size", "4", "--eval-prompts", "6", "--beam-width", "5", "--eval-every", "2",
            "--save-every", "1", "--updates", "2", "--lr", "1e-2", "--rl-prompts", "0"]
-SORTS = {"adagrpo": [], "two methods": ["--method", "nll,grpo"], "best": ["--keep", "best"]}
-SORTS = {name: x for name, x in SORTS.items() if name != "best" or hasattr(nano.Settings, "keep")}
+SORTS = {"adagrpo": [], "two methods": ["--method", "nll,grpo"],
+         "the best": ["--keep", "best", "--beam-width", "10"]}
 
 
 class Stopped(BaseException):
