@@ -426,6 +426,7 @@ def load(folder, cfg):
     with (warnings.catch_warnings(record=True) as warned, contextlib.redirect_stderr(err),
           contextlib.redirect_stdout(out), only_loading(folder, cfg, found), ordinary_user()):
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python does not show these to users
         signal.alarm(10)
         try:
             nano.main([])
