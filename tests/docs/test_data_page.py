@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""docs/data.md: its example is read and trained on, its functions write what the script reads."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanoadagrpo as nano
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = [block for block in re.findall(r"^```text\n(.*?)^```$", PAGE, flags=re.M | re.S) if block.startswith("== ")]
+WRITE_LOG, WRITE_SHOP, USE_SHOP = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+TINY = shlex.split("--device cpu --sft-steps 3 --sft-batch-size 4 --rl-steps 2 --batch-size 2 --group-size 4 "
+                   "--beam-width 4 --eval-every 1")
+WORLD = nano.World(codes=6, items=60, users=60, impressions=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def unpack(block, folder):
+    """Write the files of an example: each begins with a line `== name`."""
+    folder.mkdir()
+    for name, text in re.findall(r"^== (\S+)\n(.*?)(?=^== |\Z)", block, flags=re.M | re.S):
+        (folder / name).write_text(text)
+    return folder
+
+
+def play(block):
+    exec(compile(block, "page", "exec"), names := {})
+    return names
+
+
+def metrics(out):
+    """The rows of a run, but for the time that they took."""
+    rows = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
+
+
+def small_toy(cfg, whole=nano.toy_world):
+    return whole(cfg, WORLD)
+
+
+def test_the_example_is_the_same_data_in_both_layouts(tmp_path):
+    assert len(EXAMPLES) == 2
+    cfg = nano.Settings(device="cpu", log_holdout=0.5)
+    jsonl, csv = (nano.load_data(unpack(block, tmp_path / str(i)), cfg) for i, block in enumerate(EXAMPLES))
+    assert jsonl.catalogue.tokens.tolist() == csv.catalogue.tokens.tolist()
+    for field in ("sft", "rl", "valid", "test", "log", "holdout"):
+        for x, y in zip(getattr(jsonl, field), getattr(csv, field), strict=True):
+            assert torch.equal(x, y), field
+    assert jsonl.log.item.tolist() == [[1, 3, 2], [2, 0, -1]], "the others are kept out"
+    assert jsonl.log.history.tolist()[1] == [-1, -1], "an empty history"
+    assert jsonl.holdout.order.tolist() == [[False] * 3] * 2 and jsonl.log.order[0, 0]
+    assert len(jsonl.sft.target) == 3 and len(jsonl.rl.target) == 2
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=["jsonl", "csv"])
+def test_the_example_is_trained_on_and_its_ranker_is_judged(block, tmp_path):
+    results = nano.main(["--data", str(unpack(block, tmp_path / "shop")), "--log-holdout", "0.5", "--out", "run", *TINY])
+    assert set(results) == {"base", "adagrpo"}
+    ranker = [row for row in metrics("run") if row["phase"] == "ranker"]
+    assert len(ranker) == 1 and 0 <= ranker[0]["click_auc"] <= 1 and "order_auc" not in ranker[0], "no order kept out"
+    assert "the first 2 of 4 rows of log" in (tmp_path / "run" / "report.md").read_text()
+
+
+RULES = [  # what the page says is refused, as a change of the example's log, and a word of the line that refuses it
+    ('"click": [1]', '"click": [1, 0]', "equally long"),
+    ('"order": [0]}', '"order": [0, 0]}', "equally long"),
+    ('"click": [1]', '"click": [2]', "0 and 1"),
+    ('"click": [1]', '"click": ["1"]', "0 and 1"),
+    ('"click": [1], "order": [0]', '"click": [0], "order": [1]', "without a click"),
+    (', "order": [0]}', "}", "in all rows or in none"),
+    ('"shown": [[1, 1]], "click": [1], "order": [0]', '"shown": [], "click": [], "order": []', "log.jsonl, line 3"),
+    ('"shown": [[1, 1]]', '"shown": [[1, 7]]', "not in catalogue.json"),
+    ('"click": [1]', '"click": [1], "click": [1]', "twice"),
+]
+
+
+@pytest.mark.parametrize("old, new, word", RULES)
+def test_what_the_page_says_is_refused_is_refused_by_its_line(old, new, word, tmp_path):
+    log = unpack(EXAMPLES[0], tmp_path / "shop") / "log.jsonl"
+    assert log.read_text().count(old) == 1
+    log.write_text(log.read_text().replace(old, new))
+    with pytest.raises(nano.UserError, match=r"log\.jsonl, line [34]") as refused:
+        nano.load_data(tmp_path / "shop", nano.Settings(device="cpu"))
+    assert word in str(refused.value)
+
+
+def test_an_empty_history_is_refused_in_prompts(tmp_path):
+    train = unpack(EXAMPLES[0], tmp_path / "shop") / "train.jsonl"
+    train.write_text(train.read_text() + '{"history": [], "target": [0, 1]}\n')
+    with pytest.raises(nano.UserError, match=r"train\.jsonl, line 4"):
+        nano.load_data(tmp_path / "shop", nano.Settings(device="cpu"))
+
+
+def test_fewer_than_ten_rows_are_all_learnt_from_and_without_orders_there_is_one_output(tmp_path):
+    log = unpack(EXAMPLES[0], tmp_path / "shop") / "log.jsonl"
+    log.write_text(re.sub(r', "order": \[[^]]*\]', "", log.read_text()))
+    data = nano.load_data(tmp_path / "shop", nano.Settings(device="cpu"))
+    assert data.holdout is None and len(data.log.item) == 4 and data.log.order is None
+
+
+def test_without_a_log_the_ranker_learns_from_train_and_nothing_is_kept_out(tmp_path):
+    (unpack(EXAMPLES[0], tmp_path / "shop") / "log.jsonl").unlink()
+    data = nano.load_data(tmp_path / "shop", nano.Settings(device="cpu"))
+    assert data.holdout is None and data.log.order is None and data.log.item.shape == (3, 16)
+    assert data.log.item[:, 0].tolist() == data.sft.target.tolist()
+
+
+def test_a_table_of_showings_becomes_a_log(tmp_path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    hour = 3_600_000
+    showings = [  # user, video, time, click, long view: in no order, two users, two hours, one video without a SID
+        (2, 12, hour + 50, 1, 0), (1, 10, 10, 1, 1), (1, 11, 20, 0, 1), (2, 10, 5, 0, 0), (1, 12, hour + 1, 1, 1),
+        (1, 99, 30, 1, 1), (1, 13, 2 * hour, 0, 0),
+    ]
+    frame = pandas.DataFrame(showings, columns=["user_id", "video_id", "time_ms", "is_click", "long_view"])
+    sid = {10: [0, 0], 11: [0, 1], 12: [1, 0], 13: [1, 1]}
+    folder = unpack(EXAMPLES[0], tmp_path / "shop")
+    play(WRITE_LOG)["write_log"](frame, sid, folder / "log.jsonl")
+    assert list(map(json.loads, (folder / "log.jsonl").read_text().splitlines())) == [
+        {"history": [], "shown": [[0, 0], [0, 1]], "click": [1, 0], "order": [1, 0]},
+        {"history": [], "shown": [[0, 0]], "click": [0], "order": [0]},
+        {"history": [[0, 0]], "shown": [[1, 0]], "click": [1], "order": [1]},
+        {"history": [], "shown": [[1, 0]], "click": [1], "order": [0]},
+        {"history": [[0, 0], [1, 0]], "shown": [[1, 1]], "click": [0], "order": [0]},
+    ]
+    assert len(nano.load_data(folder, nano.Settings(device="cpu")).log.item) == 5
+
+
+def test_the_toy_written_to_a_folder_gives_the_toys_own_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(nano, "toy_world", small_toy)
+    play(WRITE_SHOP + USE_SHOP)
+    flags = [*TINY, "--batch-size", "8", "--method", "adagrpo,grpo", "--eval-prompts", "40"]
+    nano.main(["--toy", "--out", "toy", *flags])
+    nano.main(["--data", "shop", "--log-holdout", "0", "--out", "folder", *flags])
+    assert metrics("toy") == metrics("folder") and len(metrics("toy")) > 10
