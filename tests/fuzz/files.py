@@ -433,6 +433,8 @@ def load(folder, cfg):
             code = 0
         except SystemExit as end:
             code = end.code
+            if code not in (0, 2):  # someone stops the fuzzer
+                raise KeyboardInterrupt from None
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
@@ -477,7 +479,7 @@ def check(folder, cfg, deep):
         data, err, said, code = load(folder, cfg)
     except Hung:
         return "hung", "hangs: for more than 10 s"
-    except BaseException as error:  # this is what is looked for
+    except Exception as error:  # this is what is looked for
         last = error.__traceback__
         while last.tb_next:
             last = last.tb_next
