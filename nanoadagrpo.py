@@ -246,13 +246,17 @@ def teacher_forcing(tokens):
     return lambda prefix, logp, total: (same_parent(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
-def valid_only(logp, prefix, catalogue):
-    """-inf for tokens with which no item goes on, if there is a catalogue to follow (`--constrained`).
+def candidates(logp, prefix, catalogue):
+    """What may follow: words (B, m, C), None for all of them, and their log-probabilities (B, m, C).
 
-    Only the choice is restricted. The tree notes likelihoods of the free softmax, so that those of rollouts,
-    truth (D) and update (the ratio) remain comparable; samples come from another distribution, renormalised.
+    With a catalogue to follow (`--constrained`), these are the words with which some item goes on. Only the
+    choice is restricted: the tree notes likelihoods of the free softmax, so that those of rollouts, truth and
+    update remain comparable. Samples then come from another distribution, the renormalised one.
     """
-    return logp if catalogue is None else logp.masked_fill(~catalogue.continues(prefix, logp), -torch.inf)
+    if catalogue is None:
+        return None, logp
+    words, valid = catalogue.continuations(prefix)
+    return words, logp.gather(-1, words).masked_fill(~valid, -torch.inf)
 
 
 def sample(points, catalogue=None):
@@ -263,13 +267,13 @@ def sample(points, catalogue=None):
     """
 
     def select(prefix, logp, total):
-        logp = valid_only(logp.detach().float(), prefix, catalogue)
-        if catalogue:  # all that is valid may be so unlikely that exp gives 0
-            logp = logp.log_softmax(-1)
-        ends = logp.exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
+        words, logp = candidates(logp.detach().float(), prefix, catalogue)
+        logp = logp.log_softmax(-1) if catalogue else logp  # what is valid may be as unlikely as exp(-200)
+        ends = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
         n = points.shape[-1]
         point = points[prefix.shape[-1]].view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
+        token = words.gather(-1, token) if catalogue else token
         return same_parent(prefix, n), token.view(-1, n)
 
     return select
@@ -279,10 +283,12 @@ def beam(width, catalogue=None):
     """Beam search: the most likely continuations of all branches together."""
 
     def select(prefix, logp, total):
-        score = (total[..., None] + valid_only(logp, prefix, catalogue)).flatten(1)  # (B, m * V)
-        n = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]  # there are no more
-        best = score.topk(min(width, n)).indices
-        return best // logp.shape[-1], best % logp.shape[-1]
+        words, logp = candidates(logp, prefix, catalogue)
+        score = (total[..., None] + logp).flatten(1)  # (B, m * C)
+        most = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]  # all there is
+        best = score.topk(min(width, most)).indices
+        token = words.flatten(1).gather(1, best) if catalogue else best % logp.shape[-1]
+        return best // logp.shape[-1], token
 
     return select
 
@@ -564,14 +570,13 @@ class Catalogue:
         item = self.item_at[self.node(tokens)]
         return torch.where((self.tokens[item] == tokens).all(-1), item, -1)
 
-    def continues(self, prefix, logp):
-        """Which of the words of logp (B, n, V) continue the prefixes of items (B, n, l): boolean."""
+    def continuations(self, prefix):
+        """Words that lead on from prefixes (B, n, l) of items, padded to (B, n, C); which are no padding."""
         node, level = self.node(prefix)[..., None], prefix.shape[-1]
-        first = torch.searchsorted(self.pairs[level], node * self.S)  # they lie side by side from here to
-        last = torch.searchsorted(self.pairs[level], (node + 1) * self.S) - 1
-        place = torch.minimum(first + torch.arange(self.fan_out[level], device=node.device), last)
-        words = self.pairs[level][place] % self.S
-        return torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, words, True)
+        pairs = self.pairs[level]  # a node's lie side by side
+        first, end = torch.searchsorted(pairs, node * self.S), torch.searchsorted(pairs, (node + 1) * self.S)
+        place = first + torch.arange(self.fan_out[level], device=node.device)
+        return pairs[place.clamp(max=len(pairs) - 1)] % self.S, place < end
 
 
 class Prompts(NamedTuple):
@@ -615,31 +620,30 @@ def load_data(folder, cfg):
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md")
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
 
-    def pad(rows, left=0):  # lists of various lengths -> (n, longest), -1 where there is nothing
-        longest = max(1, *map(len, rows))
-        fill = [[-1] * (longest - len(row)) for row in rows]
-        return torch.tensor([gap + row if left else row + gap for gap, row in zip(fill, rows, strict=True)],
-                            device=device)
+    def read(name, *fields):
+        """Each field of the rows as a tensor (n, longest), -1 where a row has less; None if not recorded."""
+        columns = zip(*read_rows(folder / name, catalogue, source, fields), strict=True)
+        for field, rows in zip(fields, columns, strict=True):
+            side = "left" if field == "history" else "right"
+            rows = [row[-cfg.max_history :] for row in rows] if field == "history" else rows
+            yield None if rows[0] is None else nn.utils.rnn.pad_sequence(
+                [torch.tensor(row or [-1]) for row in rows], True, -1, side).to(device)
 
     def prompts(name):
-        history, target = zip(*read_rows(folder / name, catalogue, source, "history", "target"), strict=True)
-        target = torch.tensor(target, device=device)
-        user = torch.arange(len(target), device=device)
-        return Prompts(pad([x[-cfg.max_history :] for x in history], left=True), target, user)
+        history, target = read(name, "history", "target")
+        return Prompts(history, target[:, 0], torch.arange(len(target), device=device))
 
     train, valid, test = map(prompts, ("train", "valid", "test"))
     labelled = prompts("rl") if os.path.lexists(folder / f"rl{ending}") else train
     rl = subset(labelled, cfg.rl_prompts, cfg.seed, "prompts of the method")
     if os.path.lexists(folder / f"log{ending}"):
-        rows = read_rows(folder / "log", catalogue, source, "history", "shown", "click", "order")
-        history, shown, click, order = zip(*rows, strict=True)
-        order = None if order[0] is None else pad(order) > 0
-        log = [pad([x[-cfg.max_history :] for x in history], left=True), pad(shown), pad(click) > 0, order]
-        n = len(rows) - int(len(rows) * cfg.log_holdout)
+        history, shown, click, order = read("log", "history", "shown", "click", "order")
+        log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
+        n = len(shown) - int(len(shown) * cfg.log_holdout)
         log, holdout = (ImpressionLog(*(x if x is None else x[part] for x in log))
                         for part in (slice(n), slice(n, None)))
-        origin = f"the first {n} of {len(rows)} rows of log{ending}"
-        return Data(catalogue, train, rl, valid, test, log, holdout if n < len(rows) else None, origin)
+        origin = f"the first {n} of {len(shown)} rows of log{ending}"
+        return Data(catalogue, train, rl, valid, test, log, holdout if n < len(shown) else None, origin)
     # Without an exposure log, the ranker learns to tell what was bought from 15 items drawn by popularity.
     n, bought = len(train.target), train.target[:, None]
     generator = make_generator(cfg.seed, "negatives of the ranker", device)
@@ -676,15 +680,6 @@ def read_catalogue(path):
     return list(sids)
 
 
-def numbered(table, path):
-    """The header of a CSV file, then its rows with their line numbers."""
-    try:
-        yield list(table.fieldnames or ())
-        yield from ((table.line_num, row) for row in table)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: {error}; close each quote") from None
-
-
 def once(pairs):
     """An object of JSON, none of whose keys may be there twice: json would keep the last one silently."""
     if len(found := dict(pairs)) < len(pairs):
@@ -692,31 +687,17 @@ def once(pairs):
     return found
 
 
-def read_rows(path, catalogue, source, *fields):
-    """Each row's `fields`, Semantic IDs as items; a row that cannot be used is refused by its line."""
-    (ending, names), found, sid = LAYOUTS[source], [], next(iter(catalogue.row))
+def read_rows(path, catalogue, source, fields):
+    """Lists of items or of 0 and 1, one for each field; a row that cannot be used is refused by its line."""
+    (ending, names), found, example = LAYOUTS[source], [], [*next(iter(catalogue.row))]
     path, is_csv = path.with_suffix(ending), ending == ".csv"
-    sid = "".join(map(str, sid)) if is_csv else [*sid]
-    columns = {field: names.get(field, field) for field in fields}
-    like = dict(history=[sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
-    expected = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
     known = {repr([*sid]): i for sid, i in catalogue.row.items()}
-    first = f"{next(iter(known)):.60}, {catalogue.L} tokens, numbers or text"
+    columns = {field: names.get(field, field) for field in fields}
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no such file, or not in UTF-8 ({first_line(error)}); {source} needs train, "
                         f"valid and test{ending} beside it") from None
-    rows = enumerate(text.split("\n") if text else (), 1)  # splitlines() would split at U+2028 too
-    if is_csv:
-        warnings.simplefilter("ignore", SyntaxWarning)  # of literals, which are refused in one line
-        csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
-        table = csv.DictReader((line + "\n" for _, line in rows), strict=True)
-        rows = numbered(table, path)
-        header = next(rows)
-        if any(header.count(x) != 1 and (x != "order" or x in header) for x in columns.values()):
-            raise UserError(f"{path}, line 1: needs one column each of {[*columns.values()]}, "
-                            f"has {header!r:.150}")
 
     def parse(field, x):
         if field == "order" and x is None:
@@ -730,17 +711,24 @@ def read_rows(path, catalogue, source, *fields):
         if field in ("click", "order"):
             if not all(type(y) in (int, bool) and y in (0, 1) for y in x):
                 raise UserError(f"{field} {x!r:.40} holds more than 0 and 1")
-            return x
-        if is_csv:
-            x = [re.findall("<[^<>]+>", re.fullmatch("(<[^<>]+>)+", sid)[0]) for sid in x]
-        for sid in x:
+            return [*map(int, x)]
+        sids = [re.findall("<[^<>]+>", re.fullmatch("(<[^<>]+>)+", y)[0]) for y in x] if is_csv else x
+        for sid in sids:
             if repr(sid) not in known:  # of the same types too: 0.0 and False are equal to 0
-                raise UserError(f"Semantic ID {sid!r:.60} is not in {source}, where all are like {first}")
-        items = [known[repr(sid)] for sid in x]
-        return items[0] if field == "target" else items
+                raise UserError(f"Semantic ID {sid!r:.60} is not in {source}, where all are like "
+                                f"{example!r:.60}, {catalogue.L} tokens, numbers or text")
+        return [known[repr(sid)] for sid in sids]
 
-    for line, row in rows:
-        try:
+    lines = text.split("\n") if text else []  # splitlines() would split at U+2028 too
+    try:
+        if is_csv:
+            warnings.simplefilter("ignore", SyntaxWarning)  # of literals, which are refused in one line
+            csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
+            lines = table = csv.DictReader((x + "\n" for x in lines), strict=True)
+            header = list(table.fieldnames or ())
+            if any(header.count(x) != 1 and (x != "order" or x in header) for x in columns.values()):
+                raise UserError(f"one column for each is needed, there are {header!r:.120}")
+        for row in lines:
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
             x = {field: parse(field, row.get(column)) for field, column in columns.items()}
             click, order = x.get("click", []), x.get("order") or []
@@ -748,12 +736,16 @@ def read_rows(path, catalogue, source, *fields):
                 raise UserError("shown, click and order are not equally long")
             if any(y > z for y, z in zip(order, click, strict=False)):
                 raise UserError("an order without a click")
-            found.append([*x.values()])
-            if (found[-1][-1] is None) != (found[0][-1] is None):
+            if found and (found[0][-1] is None) != ([*x.values()][-1] is None):
                 raise UserError("order has to be there in all rows or in none")
-        except (ValueError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
-            what = error if isinstance(error, UserError) else f"got {row!r:.100}"
-            raise UserError(f"{path}, line {line}: {what}; expected {expected}; or drop the row") from None
+            found.append([*x.values()])
+    except Exception as error:  # a file can be anything
+        what = error if isinstance(error, UserError | csv.Error) else f"got {row!r:.100}"
+        sid = "".join(map(str, example)) if is_csv else example
+        like = dict(history=[sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
+        like = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
+        line = table.line_num if is_csv else len(found) + 1
+        raise UserError(f"{path}, line {line}: {what}; expected {like}; or drop the row") from None
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
     return found
@@ -1366,6 +1358,7 @@ def table(results):
     rows = []
     for name, row in results.items():
         cells = [(row.get(key), 100 if "%" in title else 1) for title, key in COLUMNS.items()]
+        name += f", step {row['kept_step']}" if "kept_step" in row else ""
         rows.append([name, *("" if x is None else f"{x * n:.{3 - (n > 1)}f}" for x, n in cells)])
     return markdown(["method".ljust(11), *COLUMNS], rows)
 
@@ -1393,15 +1386,15 @@ def picture(rows, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    panels = {"validation HR@10 (%)": ("valid", "hr@10", 100), "admitted (%)": ("rl", "admitted", 100),
-              "validation hallucination (%)": ("valid", "hallucination", 100),
-              "validation p(click), best of 10": ("valid", "click_reward@10", 1)}
-    for axes, (title, (phase, key, scale)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+    panels = {"validation HR@10 (%)": ("valid", "hr@10"), "admitted (%)": ("rl", "admitted"),
+              "validation hallucination (%)": ("valid", "hallucination"),
+              "validation p(click), best of 10": ("valid", "click_reward@10")}
+    for axes, (title, (phase, key)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl"):
-            mine = [row for row in rows if row["phase"] == phase and row["method"] == method and key in row]
-            y, n = [row[key] * scale for row in mine], 20 if phase == "rl" else 1  # a batch admits in 1/B
-            means = [np.mean(y[max(0, i + 1 - n) : i + 1]) for i in range(len(y))]
-            axes.plot([row["step"] for row in mine], means, label=method)
+            mine = [x for x in rows if (x["phase"], x.get("method")) == (phase, method) and key in x]
+            y, n = [row[key] for row in mine], 20 if phase == "rl" else 1  # a batch admits in steps of 1/B
+            y = [np.mean(y[max(0, i + 1 - n) : i + 1]) * (100 if "%" in title else 1) for i in range(len(y))]
+            axes.plot([row["step"] for row in mine], y, label=method)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
@@ -1509,9 +1502,7 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
         again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
         machine = f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads"
         tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-        named = {name + (f", step {x['kept_step']}" if "kept_step" in x else ""): x
-                 for name, x in results.items()}
-        page = f"{table(named)}\n\n{learnt}\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
+        page = f"{table(results)}\n\n{learnt}\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
         (out / "report.partial").write_text(f"# {out.name}\n\n`python nanoadagrpo.py {again}`\n\n{page}\n"
                                             f"![training dynamics](dynamics.png)\n\n{influence}")
         (out / "report.partial").rename(out / "report.md")
