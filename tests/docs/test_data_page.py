@@ -67,7 +67,8 @@ def test_the_example_is_the_same_data_in_both_layouts(tmp_path):
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=["jsonl", "csv"])
 def test_the_example_is_trained_on_and_its_ranker_is_judged(block, tmp_path):
-    results = nano.main(["--data", str(unpack(block, tmp_path / "shop")), "--log-holdout", "0.5", "--out", "run", *TINY])
+    unpack(block, tmp_path / "shop")
+    results = nano.main(["--data", "shop", "--log-holdout", "0.5", "--out", "run", *TINY])
     assert set(results) == {"base", "adagrpo"}
     ranker = [row for row in metrics("run") if row["phase"] == "ranker"]
     assert len(ranker) == 1 and 0 <= ranker[0]["click_auc"] <= 1 and "order_auc" not in ranker[0], "no order kept out"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data_page import EXAMPLES, TINY, unpack
 
 import adagrpo_core as core
 import nanoadagrpo as nano
@@ -313,19 +314,24 @@ def test_pieces_of_the_script_that_the_walkthrough_shows_stand_there_in_this_ord
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The keys of every kind of line that a run with all methods and fifty beams writes."""
+    """The keys of every kind of line that runs write: all methods and fifty beams, and a log with rows kept out."""
     threads, whole = torch.get_num_threads(), nano.toy_world
     torch.set_num_threads(1)
     small = nano.World(codes=6, items=60, users=60, impressions=8)
-    out = tmp_path_factory.mktemp("runs") / "all"
+    folder = tmp_path_factory.mktemp("runs")
+    unpack(EXAMPLES[0], folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nano, "toy_world", lambda cfg: whole(cfg, small))
-        nano.main(["--toy", "--method", "all", "--device", "cpu", "--out", str(out), "--sft-steps", "2",
+        nano.main(["--toy", "--method", "all", "--device", "cpu", "--out", str(folder / "all"), "--sft-steps", "2",
                    "--sft-batch-size", "8", "--rl-steps", "1", "--batch-size", "4", "--group-size", "6",
                    "--rl-prompts", "20", "--eval-prompts", "8", "--beam-width", "50"])
+        log = folder / "data" / "log.jsonl"
+        log.write_text(log.read_text().replace('"order": [0]', '"order": [1]'))  # so that orders can be judged
+        nano.main(["--data", str(folder / "data"), "--log-holdout", "0.5", "--keep", "best",
+                   "--out", str(folder / "log"), *TINY, "--beam-width", "10"])
     torch.set_num_threads(threads)
     keys = {}
-    for line in (out / "metrics.jsonl").read_text().splitlines():
+    for line in [line for path in folder.glob("*/metrics.jsonl") for line in path.read_text().splitlines()]:
         row = json.loads(line)
         keys.setdefault(row["phase"], set()).update(row)
     return keys
@@ -333,6 +339,7 @@ def logged(tmp_path_factory):
 
 ANY = {"phase", "seconds"}  # documented before and after the tables
 EVERY, RL, EVALUATION = "Every training step", "Every RL step, beside those", "Every evaluation"
+RANKER, INFLUENCE = "The ranker, on rows kept out", "Influence of the ranker"
 
 
 def documented(heading):
@@ -353,20 +360,44 @@ def test_every_training_step_logs_the_documented_keys_and_no_other(logged):
 def test_every_evaluation_logs_the_documented_keys_and_no_other(logged):
     where = {"method", "step"} | ANY
     assert documented(EVALUATION) == at_k(logged["test"]) - where
-    assert documented(EVALUATION) - {"admitted"} == at_k(logged["valid"]) - where
+    assert documented(EVALUATION) - {"admitted", "kept_step"} == at_k(logged["valid"]) - where
     assert {"hr@1", "hr@10", "hr@50", "click_reward@1", "order_reward@50"} <= logged["test"]
+
+
+def test_the_ranker_logs_the_documented_keys_and_no_other(logged):
+    assert documented(RANKER) == logged["ranker"] - {"step"} - ANY
+
+
+def test_the_influence_of_the_ranker_is_logged_under_the_documented_keys_and_no_other(logged):
+    patterns = [key for row in table(METRICS, INFLUENCE) for key in re.findall(r"`([\w/]+)`", row[0])]
+    keys = {pattern.replace("WHO", who).replace("STRATUM", stratum) for pattern in patterns
+            for who in ("ranker", "chance") for stratum in core.RewardInfluence._fields}
+    # With few prompts a stratum may be empty: then the page says that only its coverage is there.
+    assert logged["influence"] - {"step"} - ANY <= keys
+    assert {key for key in keys if not re.search("(hard|discriminable)/(llm|rm|inf)", key)} <= logged["influence"]
+
+
+def test_the_verdict_on_the_ranker_is_decided_as_the_page_says():
+    """Clear beyond two standard errors of the difference, at every size; else nothing is to be expected."""
+    assert "R − R₀ > 2 √((R(1 − R) + R₀(1 − R₀)) / n)" in METRICS
+    for n, R, chance in itertools.product((10, 100, 1000), (0.0, 0.05, 0.1, 0.3, 1.0), (0.0, 0.05, 0.1)):
+        says = nano.influence_table({"prompts": n, "beams": 50, "ranker/reliable": R, "chance/reliable": chance})
+        clear = R - chance > 2 * ((R * (1 - R) + chance * (1 - chance)) / n) ** 0.5
+        assert ("the ranker separates" in says) == clear == ("no clear difference" not in says)
+        assert (f"{R / chance if chance else 0:.1f} times as often" in says) == (clear and chance > 0)
 
 
 def test_the_phases_are_those_that_the_page_names(logged):
     introduction = METRICS.split("\n## ")[0]
     assert all(f"`{phase}`" in introduction for phase in logged)
-    assert set(logged) == {"sft", "rl", "valid", "test"}
+    assert set(logged) == {"ranker", "sft", "influence", "rl", "valid", "test"}
 
 
 def test_every_key_that_the_pages_words_mention_is_logged(logged):
     known = set.union(*logged.values()) | at_k(set.union(*logged.values()))
     mentioned = {span for span in code_spans(METRICS) if re.fullmatch(r"[a-z]+(_[a-z]+)*(@\w+)?", span)}
-    other = {"max", *logged, *nano.METHODS}  # a tie rule, the phases, the methods
+    other = {"min", "max", "average", *logged, *nano.METHODS}  # the tie rules, the phases, the methods
+    other |= {"overall", "hard", "discriminable", "chance", "order"}  # parts of keys of the influence; of a log
     other |= {"memory"}  # on a GPU
     assert mentioned - other <= known
 
