@@ -11,28 +11,22 @@ the policy gradient only where the policy finds a sample difficult (D) and the r
     python nanoadagrpo.py --data DIR                # your data: MiniOneRec's layout or JSONL (docs/data.md)
     python nanoadagrpo.py --data DIR --model MODEL  # start from a Hugging Face model (docs/models.md)
 
-The formulas are imported from `adagrpo_core`, where each is written once. Part I is the method. Part II is
-the shop: data, a toy world, the ranker, pretrained models. Part III is the workshop: processes, optimizer,
-checkpoints, report, command line.
+The formulas are imported from `adagrpo_core`. Part I is the method. Part II is the shop: data, a toy world,
+the ranker, pretrained models. Part III is the workshop: processes, checkpoints, report, command line.
 
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
- 2. lambda, epsilon and the learning rate are not given, K and M not legible in the text we had: the defaults
-    are ours, chosen on seeds 0-9 of the toy.
+ 2. lambda, epsilon, learning rate, K and M are not legible: ours were chosen on seeds 0-9 of the toy.
  3. Rollouts are sampled from the policy being trained, one update per rollout: the ratio of eq. 4 is 1.
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
- 4. The vocabulary is cut to the catalogue's SID tokens and one or two special tokens, and the softmax runs
-    over all of these, always. A token of the wrong level, a special token, or a combination that no item
-    has, is a hallucination. With `--constrained`, samples and beams follow the catalogue; likelihoods do not.
- 5. The ranker cannot score a hallucination, so it gets a fixed reward, `--floor`. So does a negative that is
-    one, and thereby it counts as suppressed.
+ 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. What is no item is a
+    hallucination. With `--constrained`, samples and beams follow the catalogue; likelihoods do not.
+ 5. The ranker cannot score a hallucination: its reward is `--floor`. A negative that is one is suppressed.
  6. Rollouts that repeat each other or the truth stay in the pools, and ties share the better rank.
  7. HR counts places among the valid beams only, as a server would, having dropped the others. ClkRwd@k and
     OrdRwd@k are the best score within the first k: the paper's values grow with k as a mean would not.
- 8. Pure GRPO (no NLL) has a learning rate of its own, `--grpo-lr`: there lambda scales the whole loss, and
-    Adam undoes that.
- 9. Two controls are added: NLL alone, continued (`nll`), and a gate that admits as many samples of each batch
-    as AdaGRPO would, at random (`random-gate`).
+ 8. Pure GRPO has a learning rate of its own: there lambda scales the whole loss, which Adam undoes.
+ 9. Two controls are added: NLL alone, continued, and a random gate that admits as many of each batch.
 """
 
 from __future__ import annotations
@@ -60,7 +54,6 @@ import traceback
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +83,7 @@ def option(default, help, low=0, high=None, known=""):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     toy: bool = option(False, "train in a made-up shop: no data needed")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
@@ -100,15 +93,13 @@ class Settings:
     out: str = option("", "folder for the results, must not exist yet (default: a new one under runs/)")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "tensorboard, wandb or trackio, beside metrics.jsonl",
-                         known="tensorboard wandb trackio")
+    log_to: str = option("", "a tracker, beside metrics.jsonl", known="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 for --model on a GPU, else float32",
-                        known="auto float32 bfloat16")
-    sft_steps: int = option(400, "supervised steps that make the base policy; 0: --model is it", high=10**9)
+    dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", known="auto float32 bfloat16")
+    sft_steps: int = option(400, "supervised steps that make the base policy; 0: --model is it")
     sft_batch_size: int = option(128, "prompts per supervised step", 1)
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
-    rl_steps: int = option(200, "steps of --method, each on fresh rollouts; 0: only evaluate", high=10**9)
+    rl_steps: int = option(200, "steps of --method, each on fresh rollouts; 0: only evaluate")
     batch_size: int = option(64, "B, prompts per step of --method, of all processes together", 1)
     micro_batch_size: int = option(0, "prompts that a process runs at once; saves memory, same loss; 0: all")
     group_size: int = option(16, "K, rollouts per prompt")
@@ -124,8 +115,7 @@ class Settings:
     grpo_lr: float = option(5e-5, "the same for pure GRPO, which has no NLL")
     floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
     constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
-    keep: str = option("last", "which policy to test and save: last, or best by validation HR@10",
-                       known="last best")
+    keep: str = option("last", "policy to test and save; best: by validation HR@10", known="last best")
     log_holdout: float = option(0.1, "share of log.*, its last rows, that the ranker is judged on", high=0.9)
     rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are", high=10**9)
     max_history: int = option(10, "items of a history that the policy sees, the most recent ones", 1)
@@ -137,6 +127,9 @@ class Settings:
 
     def __post_init__(self):
         check_settings(self)
+
+    def gate(self):  # of core.reliability
+        return dict(tau=self.tau, rho=self.rho, ties=self.ties)
 
 
 # -- the policy: a prompt is run once, and a tree of Semantic IDs grows on its KV cache ----------------------
@@ -154,10 +147,10 @@ class PromptCache(NamedTuple):
 
 
 class Policy:
-    """A Hugging Face causal language model that speaks Semantic IDs and nothing else.
+    """A Hugging Face causal language model whose vocabulary, cut in Part II, is Semantic IDs and little else.
 
-    Its vocabulary, cut in Part II, is the S SID tokens of all levels, numbered as in the catalogue; then the
-    query token, which ends every prompt; then the start token, which begins it, if the model is used to one.
+    It has the S SID tokens of all levels, numbered as in the catalogue; then the query token, which ends each
+    prompt; then the start token, which begins it, if the model is used to one.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
@@ -247,11 +240,10 @@ def teacher_forcing(tokens):
 
 
 def candidates(logp, prefix, catalogue):
-    """What may follow: words (B, m, C), None for all of them, and their log-probabilities (B, m, C).
+    """Words that may follow (B, m, C), None for all, and their log-probabilities (B, m, C).
 
-    With a catalogue to follow (`--constrained`), these are the words with which some item goes on. Only the
-    choice is restricted: the tree notes likelihoods of the free softmax, so that those of rollouts, truth and
-    update remain comparable. Samples then come from another distribution, the renormalised one.
+    With a catalogue (`--constrained`), only words with which some item goes on. The tree still notes the free
+    softmax's likelihoods, to be compared with the truth's and the update's; samples are from another one.
     """
     if catalogue is None:
         return None, logp
@@ -270,11 +262,10 @@ def sample(points, catalogue=None):
         words, logp = candidates(logp.detach().float(), prefix, catalogue)
         logp = logp.log_softmax(-1) if catalogue else logp  # what is valid may be as unlikely as exp(-200)
         ends = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
-        n = points.shape[-1]
         point = points[prefix.shape[-1]].view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
         token = words.gather(-1, token) if catalogue else token
-        return same_parent(prefix, n), token.view(-1, n)
+        return same_parent(prefix, points.shape[-1]), token.flatten(1)
 
     return select
 
@@ -377,9 +368,8 @@ METHODS = {
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
-    Returns their tokens and log-probabilities (B, K, L), those of the truth (B, L), and the prefill
-    with its graph, so that the update need not run the prompts again. Of several micro-batches no graph is
-    kept, since to save that memory is what they are for.
+    Returns their tokens and log-probabilities (B, K, L), those of the truth (B, L), and the prefill with its
+    graph, so that the update need not run the prompts again; not of several micro-batches, to save memory.
     """
     B, L = len(batch.target), policy.catalogue.L
     points = torch.rand(L, B, K, generator=generator, device=batch.target.device)
@@ -413,8 +403,8 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
         watched, stats = {}, {}
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
-            rolled_out = rollout(policy, batch, parts, K, generators["rollouts"])
-            rollouts, old_logp, target_logp, prefills = rolled_out
+            sampled = rollout(policy, batch, parts, K, generators["rollouts"])
+            rollouts, old_logp, target_logp, prefills = sampled
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -430,7 +420,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
-            reliable = core.reliability(target_reward, rewards, negative_rewards, **reward_gate(cfg))
+            reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.gate())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             admitted_rows = rows_of(admitted, parts)  # here the host waits for the GPU, to know who they are
@@ -466,14 +456,10 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
         on_step(step + 1, optimizer, generators)
 
 
-def reward_gate(cfg):
-    return dict(tau=cfg.tau, rho=cfg.rho, ties=cfg.ties)
-
-
 def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
     """What to look at when training goes wrong; docs/metrics.md defines each."""
     lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
-    prominent = core.reliability(target_reward, rewards, lowest, **reward_gate(cfg))
+    prominent = core.reliability(target_reward, rewards, lowest, **cfg.gate())
     same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
     shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
                   not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
@@ -744,7 +730,7 @@ def read_rows(path, catalogue, source, fields):
         sid = "".join(map(str, example)) if is_csv else example
         like = dict(history=[sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
         like = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
-        line = table.line_num if is_csv else len(found) + 1
+        line = table.reader.line_num if is_csv else len(found) + 1
         raise UserError(f"{path}, line {line}: {what}; expected {like}; or drop the row") from None
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
@@ -754,7 +740,7 @@ def read_rows(path, catalogue, source, fields):
 # -- the toy world: a shop whose click log misleads in some places; docs/toy.md gives the reasons ------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     codes: int = 24  # per level
     items: int = 2000  # about
@@ -997,7 +983,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
         found = [core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)]
         for x in by_ranker, by_chance:
             x = x[:, W], x[:, :W], x[:, W + 1 :]
-            found += core.policy_rank(*x[:2], ties=cfg.ties), core.reliability(*x, **reward_gate(cfg))
+            found += core.policy_rank(*x[:2], ties=cfg.ties), core.reliability(*x, **cfg.gate())
         parts.append(found)
     llm_rank, hard, *found = map(torch.cat, zip(*parts, strict=True))
     row = dict(prompts=n, beams=W)
@@ -1535,6 +1521,8 @@ def make_folder(cfg):
                     for parent in created:
                         parent.rmdir()
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
+        finally:  # unless it has been renamed
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -1562,8 +1550,7 @@ def locked(out, rows):
 
 def methods(cfg):
     """Their names, in the order in which they are run; each starts from the same base."""
-    names = cfg.method.split(",")
-    return list(METHODS) if "all" in names else names
+    return list(METHODS) if cfg.method == "all" else cfg.method.split(",")
 
 
 def to_flag(name):
@@ -1573,8 +1560,10 @@ def to_flag(name):
 def check_settings(cfg):
     """Refuse what cannot work, alone or together, and name the flags that mend it."""
     for field in dataclasses.fields(cfg):
-        x, (low, high) = getattr(cfg, field.name), field.metadata["range"]
-        if isinstance(x, int | float) and not low <= x <= high:
+        x, (low, high), kind = getattr(cfg, field.name), field.metadata["range"], type(field.default)
+        if not isinstance(x, int | float if kind is float else kind):  # a config.json that was edited
+            raise UserError(f"{to_flag(field.name)} {x!r:.80}: expected something like {field.default!r}")
+        if kind in (int, float) and not low <= x <= high:
             raise UserError(f"{to_flag(field.name)} {x!s:.80}: must be finite, {low} or more, at most {high}")
     names, B, K, M = methods(cfg), cfg.batch_size, cfg.group_size, cfg.negatives
     for name in names:
@@ -1587,7 +1576,7 @@ def check_settings(cfg):
         if names != ["nll"]:
             one = np.zeros((1, K))
             core.group_advantages(one)
-            core.reliability(one[:, 0], one, one[:, : min(M, 1)], **reward_gate(cfg))
+            core.reliability(one[:, 0], one, one[:, : min(M, 1)], **cfg.gate())
             core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
             if M > (B - 1) * K:
                 raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "
