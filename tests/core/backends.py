@@ -10,10 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-# Whole functions are compiled as they are for users, whatever conftest.py sets for single operations.
-OPTIONS = {"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else None
-jit = functools.partial(jax.jit, compiler_options=OPTIONS)
-
 
 class Backend:
     """One way to run a core function: NumPy in, NumPy out, the library in between."""
@@ -46,7 +42,7 @@ class Jitted(Backend):
 
 @functools.cache
 def compiled(function, static):
-    return jit(lambda arrays, given: function(*arrays, **given, **dict(static)))
+    return jax.jit(lambda arrays, given: function(*arrays, **given, **dict(static)))
 
 
 def to_torch(array):

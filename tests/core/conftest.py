@@ -15,8 +15,10 @@ settings.load_profile("deep" if os.environ.get("DEEP_TESTS") else "core")
 torch.set_num_threads(1)
 jax.config.update("jax_enable_x64", True)  # gradients are checked in float64; one test turns it off again
 if jax.__version__.startswith("0.10.") and not os.environ.get("DEEP_TESTS"):
-    # Single operations are compiled by XLA's former emitter, which takes half the time; see backends.jit.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    # JAX compiles by XLA's former emitter and optimises little, in less than half the time. As it does for users, it
+    # compiles every function in test_gradients_and_tracing.py.
+    less = " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + less
 # What a compiled library could not do either: no index by a boolean, no shape that depends on values, no extension.
 array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
 

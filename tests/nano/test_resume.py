@@ -359,7 +359,7 @@ def test_signals_at_random_moments_one_after_the_other_change_nothing(shop, numb
     draw, began = random.Random(number), time.monotonic()
     finish(shop / "timed", begin)
     whole, out, left = time.monotonic() - began, shop / "hunted", time.monotonic() - began
-    for _ in range(6):
+    for _ in range(20 if os.environ.get("DEEP_TESTS") else 4):
         process = fork.Process(target=life, args=(resume, out) if out.exists() else (begin, out),
                                kwargs={"said": shop / "said"})
         process.start()
