@@ -28,6 +28,11 @@ EVERY_RL_STEP = EVERY_STEP | {
 EVERY_EVALUATION = {  # with beams of width 12; HR@50 of them would be HR@12
     "phase", "method", "step", "ndcg@10", "hallucination", "sampled_hallucination",
     *(f"{name}@{k}" for name in ("hr", "click_reward", "order_reward") for k in (1, 10))}
+STRATA = [f"{who}/{stratum}" for who in ("ranker", "chance") for stratum in ("overall", "hard", "discriminable")]
+EVERY_INFLUENCE = {"phase", "step", "prompts", "beams", "ranker/reliable", "chance/reliable",
+                   *(f"{stratum}/coverage" for stratum in STRATA)}
+ANY_INFLUENCE = EVERY_INFLUENCE | {f"{stratum}/{key}" for stratum in STRATA  # of strata that are not empty
+                                   for key in ("llm_rank", "rm_rank", "influence")}
 NOTHING = ["--sft-steps", "0", "--rl-steps", "0"]  # but a ranker, and an evaluation of what there is
 
 
@@ -50,7 +55,8 @@ def toy(*arguments):
 
 
 def cells(text):
-    """Of the table that a text holds."""
+    """Of the table of methods that a text holds."""
+    text = text[text.index("| method") :].split("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
@@ -66,10 +72,13 @@ def everything(tmp_path_factory):
 
 def check_log(rows, methods, sft_steps, rl_steps):
     """Every line is there, in order, with everything that docs/metrics.md promises; all numbers are finite."""
-    phases = {phase: [row for row in rows if row["phase"] == phase] for phase in ("sft", "rl", "valid", "test")}
+    phases = {phase: [row for row in rows if row["phase"] == phase]
+              for phase in ("sft", "influence", "rl", "valid", "test")}
     assert sum(map(len, phases.values())) == len(rows)
     assert [row["step"] for row in phases["sft"]] == list(range(1, sft_steps + 1))
     assert all(row.keys() == EVERY_STEP for row in phases["sft"])
+    [influence] = phases["influence"]
+    assert rows.index(influence) == sft_steps and EVERY_INFLUENCE <= influence.keys() <= ANY_INFLUENCE
     for method in methods:
         mine = [row for row in phases["rl"] if row["method"] == method]
         assert [row["step"] for row in mine] == list(range(1, rl_steps + 1))

@@ -31,7 +31,7 @@ class Judge:
 class Parrot:
     """A policy that says what it was told to."""
 
-    catalogue = CATALOGUE
+    catalogue, allowed = CATALOGUE, None
 
 
 @pytest.fixture
@@ -40,9 +40,10 @@ def say(monkeypatch):
 
     def prepare(beams, samples, logp=0.0):
         monkeypatch.setattr(nano, "prefill", lambda policy, history: history[:, 0])
-        monkeypatch.setattr(nano, "beam", lambda width: torch.tensor(beams))
-        monkeypatch.setattr(nano, "sample", lambda points: torch.tensor(samples))
-        monkeypatch.setattr(nano, "tree_decode", lambda policy, rows, tokens: (tokens[rows], torch.tensor(logp)))
+        monkeypatch.setattr(nano, "beam", lambda width, allowed: torch.tensor(beams))
+        monkeypatch.setattr(nano, "sample", lambda points, allowed: torch.tensor(samples))
+        monkeypatch.setattr(nano, "tree_decode", lambda policy, rows, tokens: (
+            tokens[rows], torch.full(tokens[rows].shape, logp)))
 
     return prepare
 
@@ -76,7 +77,7 @@ def test_a_case_worked_by_hand(say):
     assert each["hallucination"].tolist() == [0, 0.5, 1, 0.25]
     assert each["sampled_hallucination"].tolist() == [0, 0.25, 1, 0.5]
 
-    assert mean.keys() == each.keys() - {"rank", "item"}
+    assert mean.keys() == each.keys() - {"rank", "item", "logp"}
     for name, value in mean.items():
         assert value == pytest.approx(each[name].float().mean().item()), name
     assert mean["hr@1"] == 0.25 and mean["hr@10"] == 0.5

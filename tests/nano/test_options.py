@@ -120,7 +120,8 @@ def test_a_reward_is_asked_about_two_rows_before_the_supervised_steps(mine, monk
     monkeypatch.setattr(nano, "train_sft", lambda *given, **options: (
         began.extend(sys.modules["mine"].asked), train_sft(*given, **options)))
     run("--reward", "mine:score", "--out", "here")
-    assert began == [(2, 1)] and sys.modules["mine"].asked == [(2, 1), *[(4, 6 + 1 + 1)] * 2]
+    influence = (3, 12 + 1 + 1)  # of the base policy: its beams, the truth and a negative
+    assert began == [(2, 1)] and sys.modules["mine"].asked == [(2, 1), influence, *[(4, 6 + 1 + 1)] * 2]
 
 
 FAULTS = {
