@@ -628,7 +628,7 @@ def load_data(folder, cfg):
         n = len(shown) - int(len(shown) * cfg.log_holdout)
         log, holdout = (ImpressionLog(*(x if x is None else x[part] for x in log))
                         for part in (slice(n), slice(n, None)))
-        origin = f"the first {n} of {len(shown)} rows of log{ending}"
+        origin = f"{n} of {len(shown)} rows of log{ending}"
         return Data(catalogue, train, rl, valid, test, log, holdout if n < len(shown) else None, origin)
     # Without an exposure log, the ranker learns to tell what was bought from 15 items drawn by popularity.
     n, bought = len(train.target), train.target[:, None]
@@ -715,8 +715,11 @@ def read_rows(path, catalogue, source, fields):
             if any(header.count(x) != 1 and (x != "order" or x in header) for x in columns.values()):
                 raise UserError(f"one column for each is needed, there are {header!r:.120}")
         for row in lines:
+            column, cell, x = "the row", row, {}
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
-            x = {field: parse(field, row.get(column)) for field, column in columns.items()}
+            for field, column in columns.items():
+                cell = row.get(column, row)
+                x[field] = parse(field, row.get(column))
             click, order = x.get("click", []), x.get("order") or []
             if len(x.get("shown", [])) != len(click) or (order and len(order) != len(click)):
                 raise UserError("shown, click and order are not equally long")
@@ -726,11 +729,11 @@ def read_rows(path, catalogue, source, fields):
                 raise UserError("order has to be there in all rows or in none")
             found.append([*x.values()])
     except Exception as error:  # a file can be anything
-        what = error if isinstance(error, UserError | csv.Error) else f"got {row!r:.100}"
+        what = error if isinstance(error, UserError | csv.Error) else f"{column}: got {cell!r:.100}"
         sid = "".join(map(str, example)) if is_csv else example
-        like = dict(history=[sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
+        like = dict(history=[sid, sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
         like = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
-        line = table.reader.line_num if is_csv else len(found) + 1
+        line = table.reader.line_num or 1 if is_csv else len(found) + 1
         raise UserError(f"{path}, line {line}: {what}; expected {like}; or drop the row") from None
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
@@ -1362,7 +1365,8 @@ def influence_table(row):
     R, chance = row["ranker/reliable"], row["chance/reliable"]
     clear = R - chance > 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
     verdict = (f"{R / max(chance, 1e-9):.1f} times as often: the ranker separates" if clear and chance else
-               "the ranker separates" if clear else "no clear difference: expect nothing of the gate")
+               "the ranker separates" if clear else "the gate is shut for any ranker, see docs/faq.md"
+               if not R + chance else "no clear difference: expect nothing of the gate")
     return (f"## Influence of the ranker\n\n{markdown(titles, rows)}\n\n"
             f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.\n")
 

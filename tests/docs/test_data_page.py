@@ -72,7 +72,7 @@ def test_the_example_is_trained_on_and_its_ranker_is_judged(block, tmp_path):
     assert set(results) == {"base", "adagrpo"}
     ranker = [row for row in metrics("run") if row["phase"] == "ranker"]
     assert len(ranker) == 1 and 0 <= ranker[0]["click_auc"] <= 1 and "order_auc" not in ranker[0], "no order kept out"
-    assert "the first 2 of 4 rows of log" in (tmp_path / "run" / "report.md").read_text()
+    assert "learnt from 2 of 4 rows of log" in (tmp_path / "run" / "report.md").read_text()
 
 
 RULES = [  # what the page says is refused, as a change of the example's log, and a word of the line that refuses it
