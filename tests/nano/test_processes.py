@@ -97,7 +97,7 @@ def test_of_several_micro_batches_one_graph_is_held_at_a_time():
 # -- several processes -------------------------------------------------------------------------------------------------
 
 ROOT, REPOSITORY = os.path.dirname(nano.__file__), str(pathlib.Path(__file__).parents[2])
-SHARED = dict(batch_size=8, updates=2, epsilon=0.01, negatives=1, rho=0.8)
+SHARED = dict(batch_size=8, rl_steps=2, updates=2, epsilon=0.01, negatives=1, rho=0.8)
 # First the script itself, as torchrun starts it. Then every method in float64, each process with its share of the
 # batch, two micro-batches each; the first one writes it down.
 WORKER = """
