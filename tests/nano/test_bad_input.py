@@ -455,7 +455,7 @@ def test_a_file_in_another_encoding_is_refused(refused, folder, make, name, chan
         ("", ["like [[0, 0, 0], [0, 0, 0]], target like [0, 0, 0]"]),
         ('{"history": [[0, 0, 0]]}', ["Semantic ID None", "target like [0, 0, 0]"]),
         ('{"histroy": [[0, 0, 0]], "target": [0, 0, 1]}', ["{'histroy'", "expected history like"]),
-        ('{"history": [0, 0, 0], "target": [0, 0, 1]}', ["Semantic ID 0 is not", "history like [[0, 0, 0], [0, 0, 0]]"]),
+        ('{"history": [0, 0, 0], "target": [0, 0, 1]}', ["Semantic ID 0 is", "history like [[0, 0, 0], [0, 0, 0]]"]),
         ('{"history": [[0, 0, 0]], "target": 5}', ["Semantic ID 5 is not", "target like [0, 0, 0]"]),
         ('{"history": [[0, 0, 0]], "target": [[0], [0], [1]]}', ["[0]"]),
         ('{"history": {"a": [0, 0, 0]}, "target": [0, 0, 1]}', ["expected"]),

@@ -15,8 +15,9 @@ import signal
 import time
 
 import pytest
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nanoadagrpo as nano
 
@@ -100,7 +101,7 @@ def templates(tmp_path_factory):
         patch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
         patch.chdir(folder)
         begin("whole")
-        stopped_after(patch, 11, lambda: begin("here"))
+        stopped_after(patch, 12, lambda: begin("here"))
     return folder
 
 
@@ -122,7 +123,7 @@ def here(templates, shop):
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lines", [1, 5, 7, 11, 14, 15])
+@pytest.mark.parametrize("lines", [1, 5, 6, 7, 12, 15, 16])
 def test_a_run_stopped_in_any_phase_goes_on_to_the_same_bits(shop, monkeypatch, lines):
     stopped_after(monkeypatch, lines, lambda: begin("here"))
     assert len(logged(shop / "here")) == lines
@@ -160,14 +161,14 @@ def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone
     jsonl(folder / "shop")
     options = ["--model", save_model(folder / "model", family), "--sft-lr", "1e-2"]
     begin("whole", *options)
-    stopped_after(monkeypatch, 10, lambda: begin("here", *options))
+    stopped_after(monkeypatch, 11, lambda: begin("here", *options))
     shutil.rmtree(folder / "model")
     resume("here")
     assert made(folder / "here") == made(folder / "whole")
 
 
 def test_without_checkpoints_a_run_begins_again_says_so_and_comes_to_the_same(shop, monkeypatch, capsys):
-    stopped_after(monkeypatch, 9, lambda: begin("here", "--save-every", "0"))
+    stopped_after(monkeypatch, 10, lambda: begin("here", "--save-every", "0"))
     assert not list((shop / "here").glob("*checkpoint*"))
     capsys.readouterr()
     resume("here")
@@ -272,6 +273,53 @@ def test_what_a_kill_left_beside_a_checkpoint_is_no_obstacle(here, shop):
     (shop / "here" / "checkpoint.partial").write_bytes(b"half of it")
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
+
+
+def forge(path, change):
+    """Another state in a checkpoint, with the right checksum."""
+    tensors = load_file(path)
+    state = json.loads(tensors["state"].numpy().tobytes())
+    change(state)
+    tensors["state"] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    path.unlink()
+    save_file(tensors, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    path.rename(path.with_name(f"{path.stem.rsplit('-', 1)[0]}-{digest}.safetensors"))
+
+
+MODELS = {
+    "of no kind": lambda model: model.pop("model_type"),
+    "of an unknown kind": lambda model: model.update(model_type="x"),
+    "of another kind": lambda model: model.update(model_type="gpt2"),
+    "of text": lambda model: model.update(hidden_size="wide"), "of no size": lambda model: model.update(hidden_size=0),
+    "of heads that do not fit": lambda model: model.update(num_attention_heads=3),
+    "of another width": lambda model: model.update(hidden_size=32),
+    "of more words": lambda model: model.update(vocab_size=1000), "empty": dict.clear,
+}
+
+
+@pytest.mark.parametrize("change", MODELS.values(), ids=MODELS)
+def test_a_checkpoint_whose_model_cannot_be_built_is_named_in_one_line(here, capsys, change):
+    forge(checkpoint(here), lambda state: change(state["model"]))
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    line = refused(capsys, lambda: resume("here"))
+    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_a_checkpoint_that_is_forged_into_itself_is_read(here, shop):
+    forge(checkpoint(here), lambda state: None)
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_what_a_kill_left_of_a_policy_that_was_being_saved_is_gone_at_the_end(here, shop):
+    for name in (".tmpA1b2C3", "policy/.tmpX9y8Z7"):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_bytes(b"half of it")
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+    assert not [path for path in here.rglob("*") if "tmp" in path.name]
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
@@ -381,7 +429,7 @@ def test_signals_at_random_moments_one_after_the_other_change_nothing(shop, numb
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("lines, last", [(1, "step 1"), (4, "step 4"), (6, "step 0"), (9, "adagrpo, step 2"),
+@pytest.mark.parametrize("lines, last", [(1, "step 1"), (4, "step 4"), (6, "step 0"), (10, "adagrpo, step 2"),
                                          (16, "step 5")])
 def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(shop, monkeypatch, capsys, number, code, lines, last):
     before = signal.getsignal(number)
@@ -389,6 +437,27 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(shop, monkeypatc
         line = refused(capsys, lambda: begin("here"), code)
     assert "stopped after" in line and last in line and "--resume here" in line
     assert signal.getsignal(number) is before
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+@pytest.mark.parametrize("number, other, code", [
+    (signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGINT, 143), (signal.SIGINT, signal.SIGTERM, 130)],
+    ids=["Ctrl-C twice", "SIGTERM and Ctrl-C", "Ctrl-C and SIGTERM"])
+def test_a_second_signal_is_ignored_while_the_first_is_handled(shop, monkeypatch, number, other, code):
+    class Rude(io.StringIO):
+        def write(self, text):
+            os.kill(os.getpid(), other)
+            return super().write(text)
+
+    before = [signal.getsignal(x) for x in (number, other)]
+    with monkeypatch.context() as patch, at_line(monkeypatch, 9, lambda: os.kill(os.getpid(), number)):
+        patch.setattr("sys.stderr", err := Rude())
+        with pytest.raises(SystemExit) as end:
+            begin("here")
+    [line] = err.getvalue().splitlines()
+    assert end.value.code == code and line.startswith("nanoadagrpo: stopped after") and "--resume here" in line
+    assert [signal.getsignal(x) for x in (number, other)] == before
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
 
