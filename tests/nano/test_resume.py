@@ -290,7 +290,6 @@ def forge(path, change):
 MODELS = {
     "of no kind": lambda model: model.pop("model_type"),
     "of an unknown kind": lambda model: model.update(model_type="x"),
-    "of another kind": lambda model: model.update(model_type="gpt2"),
     "of text": lambda model: model.update(hidden_size="wide"), "of no size": lambda model: model.update(hidden_size=0),
     "of heads that do not fit": lambda model: model.update(num_attention_heads=3),
     "of another width": lambda model: model.update(hidden_size=32),
