@@ -1281,7 +1281,9 @@ class Checkpoints:
                     if x != self.state["origin"][key]:
                         raise ValueError(f"the run was begun with another {key}")
                 model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.state["model"]))
-                model.load_state_dict(self.state["policy"], strict=False)  # tied weights are there once
+                found = model.load_state_dict(self.state["policy"], strict=False)  # tied weights are there once
+                if found.unexpected_keys:
+                    raise ValueError("its weights are of another model")
                 self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
             except Exception as error:  # a disk can do anything to a file
                 raise UserError(f"{path}: {first_line(error)}; mend that, or begin a new run") from None
@@ -1544,7 +1546,7 @@ def locked(out, rows):
             last = [dict(step=0), *rows][-1]
             after = f"{last.get('method', 'sft')}, step {last['step']}"
             text = f"stopped after {after}; go on with --resume {out}"
-            raise KeyboardInterrupt(text, stop.args[1]) from None
+            raise KeyboardInterrupt(text, *(stop.args[1:] or [130])) from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
 
@@ -1660,7 +1662,8 @@ def main(argv=None):
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        text, code = error.args or ("stopped", 130) if stopped else (str(error), 2)
+        text, code = (*error.args, 130)[:2] if stopped and error.args else ("stopped", 130)
+        text, code = (text, code) if stopped else (str(error), 2)
         if isinstance(error, MemoryError | RuntimeError):
             if isinstance(error, RuntimeError) and "memory" not in text:
                 raise

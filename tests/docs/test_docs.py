@@ -383,7 +383,9 @@ def test_the_verdict_on_the_ranker_is_decided_as_the_page_says():
     for n, R, chance in itertools.product((10, 100, 1000), (0.0, 0.05, 0.1, 0.3, 1.0), (0.0, 0.05, 0.1)):
         says = nano.influence_table({"prompts": n, "beams": 50, "ranker/reliable": R, "chance/reliable": chance})
         clear = R - chance > 2 * ((R * (1 - R) + chance * (1 - chance)) / n) ** 0.5
-        assert ("the ranker separates" in says) == clear == ("no clear difference" not in says)
+        shut = R == chance == 0
+        assert ("the ranker separates" in says) == clear and ("the gate is shut for any ranker" in says) == shut
+        assert ("no clear difference" in says) == (not clear and not shut)
         assert (f"{R / chance if chance else 0:.1f} times as often" in says) == (clear and chance > 0)
 
 

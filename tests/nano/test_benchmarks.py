@@ -11,6 +11,7 @@ import torch
 import nanoadagrpo as nano
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import feedback
 import speed
 import work
 
@@ -71,6 +72,12 @@ def test_rows_without_a_peer_run_and_are_written_between_the_markers(tmp_path, c
     speed.write("| new |", page=page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "| new |" in text and "old" not in text
+
+
+def test_the_benchmark_of_logs_and_of_the_constrained_search_runs(tmp_path, capsys):
+    feedback.million(tmp_path, rows=20, shown=3)
+    feedback.constrained(200, 8, B=2, width=5, turns=1)
+    assert capsys.readouterr().out.count("| ") >= 2
 
 
 def test_a_ratio_meets_a_target_from_above_and_a_time_from_below():
