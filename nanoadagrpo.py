@@ -1281,7 +1281,7 @@ class Checkpoints:
                     if x != self.state["origin"][key]:
                         raise ValueError(f"the run was begun with another {key}")
                 model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.state["model"]))
-                found = model.load_state_dict(self.state["policy"], strict=False)  # tied weights are there once
+                found = model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 if found.unexpected_keys:
                     raise ValueError("its weights are of another model")
                 self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
