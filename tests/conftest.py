@@ -9,6 +9,6 @@ import pytest
 @pytest.fixture(scope="module", autouse=True)
 def collected():
     """What earlier files and the libraries leave is not looked through again at every collection of garbage."""
-    gc.set_threshold(10_000, 20, 20)
+    gc.set_threshold(100_000, 50, 100)
     gc.collect()
     gc.freeze()

@@ -238,7 +238,7 @@ def test_the_jitted_objective_agrees_with_numpy_on_many_draws():
 def test_vmap_over_batches_equals_a_loop_over_them(name):
     batches = [arrays(seed) for seed in range(3)]
     stacked = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
-    for found in (jit(jax.vmap(TRACED[name]))(in_jax(stacked)), torch.vmap(TRACED[name])(in_torch(stacked))):
+    for found in (jax.jit(jax.vmap(TRACED[name]))(in_jax(stacked)), torch.vmap(TRACED[name])(in_torch(stacked))):
         for s, batch in enumerate(batches):
             assert_alike(tuple(part[s] for part in parts(found)), TRACED[name](batch), rtol=1e-10)
 
@@ -274,7 +274,7 @@ def test_jax_without_64_bits_agrees(name):
     with jax.enable_x64(False):
         a = {key: jnp.asarray(array) for key, array in arrays().items()}
         assert a["new"].dtype == jnp.float32
-        assert_alike(jit(TRACED[name])(a), expected, rtol=2e-5, atol=2e-6)
+        assert_alike(jax.jit(TRACED[name])(a), expected, rtol=2e-5, atol=2e-6)
 
 
 # -- short floating-point types --------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_the_result_has_the_inputs_dtype_in_torch_and_jax(name, dtype):
     )
     short = jnp.dtype(str(dtype).removeprefix("torch."))
     b = {key: array.astype(short) if array.dtype == jnp.float64 else array for key, array in b.items()}
-    found = jit(TRACED[name])(b)
+    found = jax.jit(TRACED[name])(b)
     assert found.dtype == short
     np.testing.assert_allclose(
         found.astype(jnp.float64),

@@ -388,7 +388,7 @@ def finish(out, call, *arguments):
 @pytest.mark.parametrize("half", [False, True], ids=["before", "halfway"])
 def test_a_kill_at_any_touch_of_the_disk_leaves_what_resume_can_use(shop, half):
     draw, killed = random.Random(half), 0
-    counts = range(45) if os.environ.get("DEEP_TESTS") else [half, 2 + half, *sorted(draw.sample(range(4, 45), 4))]
+    counts = range(45) if os.environ.get("DEEP_TESTS") else [1 + 2 * half, *sorted(draw.sample(range(45), 3))]
     for count in counts:
         out = shop / f"killed-{count}"
         process = fork.Process(target=life, args=(begin, out), kwargs={"dies": kill_at(count, half)})
@@ -406,7 +406,7 @@ def test_signals_at_random_moments_one_after_the_other_change_nothing(shop, numb
     draw, began = random.Random(number), time.monotonic()
     finish(shop / "timed", begin)
     whole, out, left = time.monotonic() - began, shop / "hunted", time.monotonic() - began
-    for _ in range(20 if os.environ.get("DEEP_TESTS") else 4):
+    for _ in range(20 if os.environ.get("DEEP_TESTS") else 3):
         process = fork.Process(target=life, args=(resume, out) if out.exists() else (begin, out),
                                kwargs={"said": shop / "said"})
         process.start()
