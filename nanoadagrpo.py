@@ -1644,12 +1644,13 @@ def parse(argv):
 def interrupt(number, frame):  # Ctrl-C or SIGTERM: what to say, and the exit code
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt("stopped; nothing is lost", 128 + number)
+    interrupt.code = 128 + number
+    raise KeyboardInterrupt("stopped; nothing is lost", interrupt.code)
 
 
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
-    handlers = {}
+    handlers, interrupt.code = {}, 0
     try:
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1661,6 +1662,8 @@ def main(argv=None):
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        if interrupt.code and not isinstance(error, KeyboardInterrupt):  # a library made another error of it
+            error = KeyboardInterrupt("stopped; nothing is lost", interrupt.code)
         stopped = isinstance(error, KeyboardInterrupt)
         text, code = (*error.args, 130)[:2] if stopped and error.args else ("stopped", 130)
         text, code = (text, code) if stopped else (str(error), 2)

@@ -462,6 +462,21 @@ def test_a_second_signal_is_ignored_while_the_first_is_handled(shop, monkeypatch
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_of_which_a_library_makes_another_error_is_still_a_signal(here, shop, monkeypatch, capsys, number, code):
+    def load(path):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise TypeError("could not determine the shape") from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nano, "load_file", load)
+        assert "stopped" in refused(capsys, lambda: resume("here"), code)
+    resume("here")
+    assert made(here) == made(shop / "whole")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_before_the_first_step_leaves_nothing(folder, monkeypatch, capsys, number, code):
     jsonl(folder / "shop")
     read = nano.load_data
