@@ -462,7 +462,7 @@ def test_a_second_signal_is_ignored_while_the_first_is_handled(shop, monkeypatch
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_of_which_a_library_makes_another_error_is_still_a_signal(here, shop, monkeypatch, capsys, number, code):
+def test_a_signal_of_which_a_library_makes_an_error_is_still_a_signal(here, shop, monkeypatch, capsys, number, code):
     def load(path):
         try:
             os.kill(os.getpid(), number)
