@@ -16,7 +16,7 @@ the ranker, pretrained models. Part III is the workshop: processes, checkpoints,
 
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
- 2. lambda, epsilon, learning rate, K and M are not legible: ours were chosen on seeds 0-9 of the toy.
+ 2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-9 of the toy.
  3. Rollouts are sampled from the policy being trained, one update per rollout: the ratio of eq. 4 is 1.
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. What is no item is a
@@ -580,6 +580,9 @@ class ImpressionLog(NamedTuple):
     click: torch.Tensor  # (n, I) boolean
     order: torch.Tensor | None  # (n, I) boolean, only where clicked; None if orders were not recorded
 
+    def rows(self, index):
+        return ImpressionLog(*(x if x is None else x[index] for x in self))
+
 
 class Data(NamedTuple):
     catalogue: Catalogue
@@ -626,18 +629,16 @@ def load_data(folder, cfg):
         history, shown, click, order = read("log", "history", "shown", "click", "order")
         log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
         n = len(shown) - int(len(shown) * cfg.log_holdout)
-        log, holdout = (ImpressionLog(*(x if x is None else x[part] for x in log))
-                        for part in (slice(n), slice(n, None)))
+        log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(shown) else None
         origin = f"{n} of {len(shown)} rows of log{ending}"
-        return Data(catalogue, train, rl, valid, test, log, holdout if n < len(shown) else None, origin)
-    # Without an exposure log, the ranker learns to tell what was bought from 15 items drawn by popularity.
-    n, bought = len(train.target), train.target[:, None]
-    generator = make_generator(cfg.seed, "negatives of the ranker", device)
-    others = torch.randint(n, (n, 15), generator=generator, device=device)
-    item = torch.cat([bought, train.target[others]], 1)
-    log = ImpressionLog(train.history, item, item == bought, None)
-    origin = f"train{ending}, what was bought against 15 popular items (there is no log{ending})"
-    return Data(catalogue, train, rl, valid, test, log, None, origin)
+    else:  # the ranker learns to tell what was bought from 15 items drawn by popularity
+        n, bought = len(train.target), train.target[:, None]
+        generator = make_generator(cfg.seed, "negatives of the ranker", device)
+        others = torch.randint(n, (n, 15), generator=generator, device=device)
+        item = torch.cat([bought, train.target[others]], 1)
+        log, holdout = ImpressionLog(train.history, item, item == bought, None), None
+        origin = f"train{ending}, what was bought against 15 popular items (there is no log{ending})"
+    return Data(catalogue, train, rl, valid, test, log, holdout, origin)
 
 
 def subset(prompts, n, seed, purpose):
@@ -720,13 +721,14 @@ def read_rows(path, catalogue, source, fields):
             for field, column in columns.items():
                 cell = row.get(column, row)
                 x[field] = parse(field, row.get(column))
-            click, order = x.get("click", []), x.get("order") or []
-            if len(x.get("shown", [])) != len(click) or (order and len(order) != len(click)):
-                raise UserError("shown, click and order are not equally long")
-            if any(y > z for y, z in zip(order, click, strict=False)):
-                raise UserError("an order without a click")
-            if found and (found[0][-1] is None) != ([*x.values()][-1] is None):
-                raise UserError("order has to be there in all rows or in none")
+            if "click" in x:
+                shown, click, order = x["shown"], x["click"], x["order"]
+                if len(shown) != len(click) or (order and len(order) != len(click)):
+                    raise UserError("shown, click and order are not equally long")
+                if order and any(y > z for y, z in zip(order, click, strict=True)):
+                    raise UserError("an order without a click")
+                if found and (found[0][-1] is None) != (order is None):
+                    raise UserError("order has to be there in all rows or in none")
             found.append([*x.values()])
     except Exception as error:  # a file can be anything
         what = error if isinstance(error, UserError | csv.Error) else f"{column}: got {cell!r:.100}"
@@ -879,7 +881,7 @@ def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
     optimizer = Optimizer(ranker, lr, steps, shared=False)  # each process trains the whole of it
     order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
     for step in progress(range(steps), "ranker"):
-        history, item, click, ordered = (x if x is None else x[order[step]] for x in log)
+        history, item, click, ordered = log.rows(order[step])
         logit, click, shown = ranker(history, item), click.float(), (item >= 0).float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click, weight=shown)
         if ordered is not None:  # an order can be seen only where there was a click
@@ -928,8 +930,7 @@ def own_reward(cfg):
 
     @users_code(cfg)
     def reward(history, item):
-        found = function(history.clone(), item.clone())  # copies: it may write into what it is given
-        parts = found if isinstance(found, dict) and found else {"": found}
+        parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
         parts = {key: torch.as_tensor(x, dtype=torch.float32, device=item.device) for key, x in parts.items()}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
@@ -951,13 +952,18 @@ def users_code(cfg):
                         "package.module:function that gives each item a number (docs/models.md)") from None
 
 
+def named(scores):
+    """The parts of a reward by name; "" if it has but one."""
+    return scores if isinstance(scores, dict) and scores else {"": scores}
+
+
 def reward_of(reward, history, item, parts):
     """Scores (B, n) of the whole batch, each process having asked for its own rows; means of named parts."""
     local = slice(parts[0].start, parts[-1].stop)
     with torch.no_grad():
-        scores = reward(history[local], item[local])
-    named = {name: gather([x]) for name, x in (scores if isinstance(scores, dict) else {"": scores}).items()}
-    return sum(named.values()), {f"reward/{name}": x.mean() for name, x in named.items() if name}
+        scores = named(reward(history[local], item[local]))
+    scores = {name: gather([x]) for name, x in scores.items()}
+    return sum(scores.values()), {f"reward/{name}": x.mean() for name, x in scores.items() if name}
 
 
 @torch.no_grad()
@@ -979,8 +985,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
         pool = torch.cat([at, part.target[:, None], items[others, (u[:, M : 2 * M] * W).long()]], 1)
         first = (pool[:, :, None] == pool[:, None]).int().argmax(-1)  # equal items get equal scores
         by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
-        by_ranker = reward(part.history, pool)
-        by_ranker = sum(by_ranker.values()) if isinstance(by_ranker, dict) else by_ranker
+        by_ranker = sum(named(reward(part.history, pool)).values())
         target_logp = -core.nll_loss(prefill_with_target(policy, part)[1])
         logp = torch.where(at == part.target[:, None], target_logp[:, None], each["logp"][rows])
         found = [core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)]
@@ -1365,10 +1370,13 @@ def influence_table(row):
     size = f"{row['prompts']} prompts, {row['beams']} beams"
     titles = [size, "LLM rank", "RM rank", "influence", "coverage"]
     R, chance = row["ranker/reliable"], row["chance/reliable"]
-    clear = R - chance > 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
-    verdict = (f"{R / max(chance, 1e-9):.1f} times as often: the ranker separates" if clear and chance else
-               "the ranker separates" if clear else "the gate is shut for any ranker, see docs/faq.md"
-               if not R + chance else "no clear difference: expect nothing of the gate")
+    noise = 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
+    if R == chance == 0:
+        verdict = "the gate is shut for any ranker, see docs/faq.md"
+    elif R - chance <= noise:
+        verdict = "no clear difference: expect nothing of the gate"
+    else:
+        verdict = (f"{R / chance:.1f} times as often: " if chance else "") + "the ranker separates"
     return (f"## Influence of the ranker\n\n{markdown(titles, rows)}\n\n"
             f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.\n")
 
@@ -1434,6 +1442,9 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
     def measure(phase, method, step, **more):
         log(phase=phase, method=method, step=step, **evaluate(policy, ranker, prompts[phase], cfg)[0], **more)
 
+    def copied():
+        return {name: x.clone() for name, x in weights(policy.model).items()}
+
     def curve(method):
         return {row["step"]: row.get("hr@10") for row in rows
                 if row["phase"] == "valid" and row["method"] == method}
@@ -1445,9 +1456,9 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
             measure("valid", phase, step)
-            *before, now = curve(phase).values()
-            if cfg.keep == "best" and now > max(before):
-                checkpoints.best = {name: x.clone() for name, x in weights(policy.model).items()}
+            if cfg.keep == "best":
+                *before, now = curve(phase).values()
+                checkpoints.best = copied() if now > max(before) else checkpoints.best
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, rows, phase, step, *state)
 
@@ -1456,7 +1467,7 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
 
     if checkpoints.state.get("phase") not in names:
         train_sft(policy, data.sft, cfg, log, *hooks("sft"))
-    base = checkpoints.base or {name: x.clone() for name, x in weights(policy.model).items()}
+    base = checkpoints.base or copied()
     checkpoints.base = base if len(names) > 1 or cfg.keep == "best" else {}  # others start from it
     tested = {row["method"] for row in rows if row["phase"] == "test"}
     start = [numbers(row) for row in rows if row["phase"] == "valid"][:1]  # of the base policy
@@ -1521,14 +1532,13 @@ def make_folder(cfg):
             (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
             return partial.rename(out)  # fails if another run has been faster
         except (OSError, ValueError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             if cfg.out or not os.path.lexists(out):
-                with contextlib.suppress(OSError, ValueError):
-                    for parent in created:
-                        parent.rmdir()
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
-        finally:  # unless it has been renamed
+        finally:  # nothing is left but what has been renamed, and the folders that it lies in
             shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError):
+                for parent in created:
+                    parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -1542,11 +1552,11 @@ def locked(out, rows):
             yield
         except BlockingIOError:
             raise UserError(f"--resume {out}: another process runs it; wait for it, or stop it") from None
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:
             last = [dict(step=0), *rows][-1]
             after = f"{last.get('method', 'sft')}, step {last['step']}"
             text = f"stopped after {after}; go on with --resume {out}"
-            raise KeyboardInterrupt(text, *(stop.args[1:] or [130])) from None
+            raise KeyboardInterrupt(text) from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
 
@@ -1641,11 +1651,11 @@ def parse(argv):
     return dataclasses.replace(cfg, device=device)
 
 
-def interrupt(number, frame):  # Ctrl-C or SIGTERM: what to say, and the exit code
+def interrupt(number, frame):  # Ctrl-C or SIGTERM
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, signal.SIG_IGN)
     interrupt.code = 128 + number
-    raise KeyboardInterrupt("stopped; nothing is lost", interrupt.code)
+    raise KeyboardInterrupt
 
 
 def main(argv=None):
@@ -1662,12 +1672,11 @@ def main(argv=None):
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        if interrupt.code and not isinstance(error, KeyboardInterrupt):  # a library made another error of it
-            error = KeyboardInterrupt("stopped; nothing is lost", interrupt.code)
-        stopped = isinstance(error, KeyboardInterrupt)
-        text, code = (*error.args, 130)[:2] if stopped and error.args else ("stopped", 130)
-        text, code = (text, code) if stopped else (str(error), 2)
-        if isinstance(error, MemoryError | RuntimeError):
+        text, code = str(error), 2
+        if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
+            text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
+            code = interrupt.code or 130
+        elif isinstance(error, MemoryError | RuntimeError):
             if isinstance(error, RuntimeError) and "memory" not in text:
                 raise
             text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"

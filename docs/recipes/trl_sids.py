@@ -87,13 +87,11 @@ def reward_function(ranker, catalogue, cfg):
 
 def follow_catalogue(model, catalogue, query):
     """Generate items only, not any words of the policy. Likelihoods stay free, as in the script."""
-    after = {}  # beginning of a Semantic ID -> the tokens that may follow it
-    for sid in catalogue.tokens.tolist():
-        for level, token in enumerate(sid):
-            after.setdefault(tuple(sid[:level]), set()).add(token)
 
     def allowed(_, ids):
-        return [*after[tuple(ids[(ids == query).nonzero()[-1, 0] + 1 :].tolist())]]
+        begun = ids[(ids == query).nonzero()[-1, 0] + 1 :]  # tokens of the Semantic ID so far
+        words, valid = catalogue.continuations(begun[None, None])
+        return words[valid].tolist()
 
     model.generate = functools.partial(model.generate, prefix_allowed_tokens_fn=allowed)
 
@@ -112,7 +110,7 @@ def make_trainer(policy, ranker, data, cfg, out, seed, cls=AdaGRPOTrainer, **mor
     trainer = cls(
         model=policy.model, processing_class=policy.tokenizer, train_dataset=dataset(data.rl, data.catalogue),
         reward_funcs=reward_function(ranker, data.catalogue, cfg), args=args, negatives=cfg.negatives,
-        gate=dict(lam=cfg.lam, tau=cfg.tau, rho=cfg.rho, ties=cfg.ties), **more)
+        gate=dict(lam=cfg.lam, **cfg.gate()), **more)
     trainer.eos_token_ids = [-1]  # no token ends a Semantic ID: all have L tokens
     if trainer.is_fsdp_enabled:  # or only shards would be saved
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
