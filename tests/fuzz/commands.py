@@ -68,7 +68,7 @@ TEXTS = ["", "x", "-", "--", "-1", "--toy", "nan", "None", "ü", "日本", "\u20
          "*", "a,b", ",", "0"]
 PATHS = ["shop", "notes", "full", "empty", "loop", "dangling", "locked", "locked/run", "unread", "notes/run",
          "loop/run", "dangling/run", "full/run", "new", "new/a/b/c", "./new", "new/", "new//a", "new/../new2",
-         "../above/work/new3", "..", ".", "", "/", "/dev/null", "/dev/null/run", "/proc/run", "new/nothing\0",
+         "../above/desk/new3", "..", ".", "", "/", "/dev/null", "/dev/null/run", "/proc/run", "new/nothing\0",
          "new/half \udc80", "new/" + "x" * 300, "y/" * 3000, "ünder/日本", "two\nlines", "\x1b[31m", " ",
          "-run", "~/run", "a'b", 'a"b', "$(x)", "stopped", "whole", "empty/../empty/run", "link", "link/run",
          "new.partial", ".new", "x" * 255, "x" * 256]
@@ -85,7 +85,7 @@ KNOWN = dict(method=["nll", "grpo", "grpo+nll", "adagrpo-d", "adagrpo-r", "adagr
              device=["cpu", "auto", "cuda", "cuda:99", "meta", "cpu:0", "cpu:7", "mps", "xla", "abacus",
                      "CPU", "cpu:-1"],
              model=["model", "nowhere", "shop", "notes", "a/b", "a/b/c", "http://localhost/x",
-                    "../work/model", "model/"],
+                    "../desk/model", "model/"],
              reward=["", "rewards:good", "rewards:parts", "rewards:shape", "rewards:nan", "rewards:huge",
                      "rewards:fails", "rewards:leaves", "rewards:text", "rewards:nothing", "rewards:number",
                      "rewards", "rewards:", ":good", "os:getcwd", "os.path:join", "a:b:c", "nowhere:x",
@@ -98,7 +98,7 @@ KNOWN = dict(method=["nll", "grpo", "grpo+nll", "adagrpo-d", "adagrpo-r", "adagr
 
 def prepare(place):
     """The folder in which commands are tried, with all sorts of things in it; made once."""
-    work = place / "above" / "work"
+    work = place / "above" / "desk"
     if work.exists():
         return work
     warm(place)

@@ -179,11 +179,12 @@ def config_damaged(draw, out):
     path.write_bytes(raw)
 
 
-def config_instead(draw, out):
-    path = out / "config.json"
+def something_instead(draw, out):
+    path = out / draw.choice(["config.json", "metrics.jsonl"])
     path.unlink()
     draw.choice([lambda: None, path.mkdir, lambda: path.symlink_to("nowhere"),
                  lambda: path.symlink_to(path.name)])()
+    return path.name
 
 
 def metrics_damaged(draw, out):
@@ -195,13 +196,6 @@ def metrics_damaged(draw, out):
         raw = draw.choice([b"", raw[: len(raw) // 2], raw + b"x", raw + raw, b"\xff\xfe", b"[" * 9999,
                            raw[5:]])
     path.write_bytes(raw)
-
-
-def metrics_instead(draw, out):
-    path = out / "metrics.jsonl"
-    path.unlink()
-    draw.choice([lambda: None, path.mkdir, lambda: path.symlink_to("nowhere"),
-                 lambda: path.symlink_to(path.name)])()
 
 
 def report_there(draw, out):
@@ -224,8 +218,8 @@ def data_edited(draw, out):
 CHECKPOINT = [flipped, flipped, truncated, lengthened, zeros, renamed, renamed, another_runs, an_older_one,
               a_newer_one_beside_it, copied_beside_it, no_checkpoint, a_folder, a_link, forged, forged,
               forged]
-OTHERS = [config_edited, config_edited, config_edited, config_damaged, config_instead, metrics_damaged,
-          metrics_instead, report_there, data_edited, unreadable, read_only]
+OTHERS = [config_edited, config_edited, config_edited, config_damaged, metrics_damaged,
+          something_instead, something_instead, report_there, data_edited, unreadable, read_only]
 
 
 def attempt(seed, number, place):

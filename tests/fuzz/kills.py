@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Kind 4: signals at random moments of a run that saves often. Resumed, it comes to the same bits."""
 
+import json
 import os
 import signal
 import subprocess
@@ -56,15 +57,16 @@ def lines_run(place, sort):
             sys.settrace(watch)
             begin("counted", *SORTS[sort])
             sys.settrace(None)
-            path.write_text(repr(dict(lines)))
+            path.write_text(json.dumps(lines))
 
         os.chdir(template(place, sort))
         ended = child(count, place)
         assert ended.code == 0, ended
         began = time.monotonic()
         child(lambda: begin("timed", *SORTS[sort]), place)
-        path.with_name("seconds").write_text(repr(time.monotonic() - began))
-    return eval(path.read_text()), float(path.with_name("seconds").read_text())
+        path.with_name("seconds").write_text(str(time.monotonic() - began))
+    found = {int(line): count for line, count in json.loads(path.read_text()).items()}
+    return found, float(path.with_name("seconds").read_text())
 
 
 def process(words, signals, delay, pause):

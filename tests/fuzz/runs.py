@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What damage and kills share: a small run, whole and stopped, and whether two runs came to the same."""
 
-import json
 import os
 import shutil
 import sys
+
+from nano.helpers import made
 
 import nanoadagrpo as nano
 
@@ -83,16 +84,6 @@ def copy(place, sort, *names):
         shutil.copytree(home / name, work / name)
     os.chdir(work)
     return work
-
-
-def made(out):
-    """Everything that a run leaves, but for times."""
-    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*")
-             if path.is_file() and path.name not in ("config.json", "report.md", "metrics.jsonl")}
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rows = [{key: x for key, x in row.items() if key not in ("seconds", "memory")} for row in rows]
-    tables = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
-    return files, rows, tables
 
 
 def differs(out, whole, others=()):

@@ -2,7 +2,9 @@
 """What several files share: small shops, small models of many families, and the plain way to score a sequence."""
 
 import itertools
+import json
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,6 +35,36 @@ QUICK = ["--sft-steps", "3", "--sft-batch-size", "16", "--rl-steps", "2", "--bat
 
 def settings(**changes):
     return nano.Settings(**{"device": "cpu", **changes})
+
+
+def run(*arguments, data="shop"):
+    """The command line on a small shop in a folder."""
+    return nano.main(["--data", str(data), "--device", "cpu", *QUICK, "--batch-size", "4", *map(str, arguments)])
+
+
+def refused(capsys, call, code=2):
+    """The one line in which a call of the command line ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    err = capsys.readouterr().err.splitlines()
+    assert end.value.code == code and len(err) == 1 and err[0].startswith("nanoadagrpo: "), err
+    assert len(err[0]) <= 300 and err[0].isprintable()
+    return err[0]
+
+
+def logged(out):
+    """What was logged, but for how long it took."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in row.items() if key not in ("seconds", "memory")} for row in rows]
+
+
+def made(out):
+    """Everything that a run leaves, but for times."""
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*")
+             if path.is_file() and path.name not in ("config.json", "report.md", "metrics.jsonl")}
+    report = (out / "report.md").read_text().splitlines()
+    return files, logged(out), [line for line in report if line.startswith("|") and "python" not in line]
 
 
 def listen():

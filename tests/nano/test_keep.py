@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import nanoadagrpo as nano
 
-from .helpers import state
+from .helpers import logged, made, refused, state
 from .shops import jsonl
-from .test_resume import begin, logged, made, refused, resume, stopped_after
+from .test_resume import begin, resume, stopped_after
 
 BEST = ["--keep", "best", "--beam-width", "12"]  # evaluations at steps 0, 2, 4 and 5, checkpoints at 2, 4 and 5
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import nanoadagrpo as nano
 
-from .helpers import QUICK, SHOP, settings
+from .helpers import QUICK, SHOP, logged, refused, run, settings
 from .shops import CODES, TRAIN, csv_row, jsonl, jsonl_row, minionerec, write_csv, written
 
 # (history, shown, click, order): rows of different lengths, a new user, two items that share a Semantic ID.
@@ -51,24 +51,6 @@ def load(folder, **changes):
 
 def same_log(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if a is not None or b is not None)
-
-
-def run(*arguments):
-    return nano.main(["--data", "shop", "--device", "cpu", *QUICK, "--batch-size", "4", *map(str, arguments)])
-
-
-def lines(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
-
-
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(*arguments)
-    err = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(err) == 1 and len(err[0]) <= 300 and err[0].isprintable()
-    return err[0]
 
 
 # -- what is read is what was written ----------------------------------------------------------------------------------
@@ -172,7 +154,7 @@ def with_row(fault, ending):
 @pytest.mark.parametrize("fault, reason", FAULTS.values(), ids=FAULTS)
 def test_a_row_that_cannot_be_used_is_refused_by_file_and_line(folder, capsys, fault, reason, ending):
     path, number = with_row(fault, ending)
-    line = refused(capsys)
+    line = refused(capsys, run)
     assert line.startswith(f"nanoadagrpo: {path}, line {number}: ") and reason in line and "drop the row" in line
     if reason == "got ":
         column = next(iter(fault)) + "_item_sid" * (ending == "csv" and next(iter(fault)) in ("history", "shown"))
@@ -195,7 +177,7 @@ def test_a_line_of_json_that_cannot_be_used_is_refused(folder, capsys, text, rea
     path, _ = with_row({}, "jsonl")
     first, _, *others = path.read_text().splitlines()
     path.write_text("\n".join([first, text, *others]))
-    line = refused(capsys)
+    line = refused(capsys, run)
     assert line.startswith("nanoadagrpo: shop/log.jsonl, line 2: ")
     assert reason in line and "expected history like" in line
 
@@ -209,7 +191,7 @@ def test_a_line_of_csv_that_cannot_be_used_is_refused(folder, capsys, cells, rea
     path, _ = with_row({}, "csv")
     text = path.read_text().splitlines()
     path.write_text("\n".join([*text[:2], *text[3:], cells]))
-    line = refused(capsys)
+    line = refused(capsys, run)
     assert line.startswith(f"nanoadagrpo: shop/log.csv, line {len(text)}: ") and reason in line
 
 
@@ -218,7 +200,7 @@ def test_a_line_of_csv_that_cannot_be_used_is_refused(folder, capsys, cells, rea
 def test_a_log_without_its_columns_or_with_one_of_them_twice_is_refused(folder, capsys, names):
     header, (path, _) = f"history_item_sid,{names}", with_row({}, "csv")
     path.write_text("\n".join([header, *path.read_text().splitlines()[1:]]))
-    line = refused(capsys)
+    line = refused(capsys, run)
     assert line.startswith("nanoadagrpo: shop/log.csv, line 1: one column for each") and repr(header.split(",")) in line
 
 
@@ -227,7 +209,7 @@ def test_an_empty_log_is_refused_and_not_taken_for_none(folder, capsys, layout):
     layout(folder / "shop", [])
     if (folder / "shop" / "log.jsonl").exists():
         (folder / "shop" / "log.jsonl").write_text("")
-    assert "holds no rows" in refused(capsys)
+    assert "holds no rows" in refused(capsys, run)
 
 
 @both
@@ -236,11 +218,11 @@ def test_orders_in_later_rows_alone_are_refused_too(folder, capsys, layout):
     path = next((folder / "shop").glob("log.*"))
     if path.suffix == ".jsonl":
         path.write_text(path.read_text() + json.dumps(ROW) + "\n")
-        assert "log.jsonl, line 3: order has to be there in all rows or in none" in refused(capsys)
+        assert "log.jsonl, line 3: order has to be there in all rows or in none" in refused(capsys, run)
     else:  # a table has the column or not: here the first row ends too soon
         text = path.read_text().replace("click", "click,order", 1) + "[],\"['<a_0><b_0><c_1>']\",[1],[0]\n"
         path.write_text(text)
-        assert "log.csv, line 4: order has to be there in all rows or in none" in refused(capsys)
+        assert "log.csv, line 4: order has to be there in all rows or in none" in refused(capsys, run)
 
 
 @both
@@ -254,7 +236,7 @@ def test_an_empty_history_is_allowed_in_the_log_alone(folder, capsys, layout, na
     else:
         (folder / "shop" / f"{name}.jsonl").write_text(jsonl_row([0], 1) + jsonl_row([], 2))
         place = f"shop/{name}.jsonl, line 2"
-    line = refused(capsys)
+    line = refused(capsys, run)
     assert place in line and "drop the row" in line
 
 
@@ -383,7 +365,7 @@ def test_rows_that_are_kept_out_change_their_auc_and_nothing_else(shop, folder, 
     log_jsonl(shop, LOG[:-4])
     results.append(run("--log-holdout", "0", "--seed", "2", "--out", "three"))
     assert results[0] == results[1] == results[2]
-    (first, *one), (second, *two), three = (lines(folder / name) for name in ("one", "two", "three"))
+    (first, *one), (second, *two), three = (logged(folder / name) for name in ("one", "two", "three"))
     assert one == two == three
     assert first.keys() == {"phase", "step", "click_auc", "order_auc"}  # of the turned rows nothing was ordered
     assert second.keys() == {"phase", "step", "click_auc"} and (second["phase"], second["step"]) == ("ranker", 0)
@@ -397,7 +379,7 @@ def test_rows_that_are_kept_out_change_their_auc_and_nothing_else(shop, folder, 
 def test_kept_rows_without_clicks_say_nothing(shop, folder):
     log_jsonl(shop, [*LOG[:5], ([0], [1, 2], [0, 0], [0, 0]), ([3], [4], [0], [0])])
     run("--log-holdout", "0.3", "--out", "here")
-    assert not [row for row in lines(folder / "here") if row["phase"] == "ranker"]
+    assert not [row for row in logged(folder / "here") if row["phase"] == "ranker"]
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -421,7 +403,7 @@ def test_a_run_does_not_go_on_with_another_log(shop, folder, capsys, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(nano, "save_file", lambda tensors, path, real=nano.save_file: (
             stop() if list(folder.glob("here/checkpoint-*.safetensors")) else real(tensors, path)))
-        refused(capsys, "--save-every", "2", "--out", "here")
+        refused(capsys, lambda: run("--save-every", "2", "--out", "here"))
 
     def resume(*arguments):
         nano.main(["--resume", "here", *arguments])
@@ -437,7 +419,7 @@ def test_a_run_does_not_go_on_with_another_log(shop, folder, capsys, monkeypatch
         resume("--log-holdout", "0.2")
     assert "leave out --log-holdout" in capsys.readouterr().err
     resume()
-    assert lines(folder / "here")[0]["phase"] == "ranker"
+    assert logged(folder / "here")[0]["phase"] == "ranker"
 
 
 # -- the whole path ----------------------------------------------------------------------------------------------------
@@ -477,6 +459,6 @@ def test_the_toy_world_written_as_a_folder_gives_the_numbers_of_the_toy(
     results = [nano.main(["--toy", *options, "--out", "toy"]),
                nano.main(["--data", "shop", "--log-holdout", "0", *options, "--out", "data"])]
     assert results[0] == results[1]
-    assert lines(folder / "toy") == lines(folder / "data")
+    assert logged(folder / "toy") == logged(folder / "data")
     for name in "ranker.safetensors", "policy/model.safetensors":
         assert (folder / "toy" / name).read_bytes() == (folder / "data" / name).read_bytes()

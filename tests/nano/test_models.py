@@ -27,7 +27,20 @@ from transformers import (
 
 import nanoadagrpo as nano
 
-from .helpers import FAMILIES, QUICK, SHOP, SIZES, beam_search, distance, plain_logp, save_model, settings, state
+from . import helpers
+from .helpers import (
+    FAMILIES,
+    QUICK,
+    SHOP,
+    SIZES,
+    beam_search,
+    distance,
+    logged,
+    plain_logp,
+    save_model,
+    settings,
+    state,
+)
 from .shops import CODES, jsonl, minionerec
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -45,13 +58,7 @@ def load(folder, catalogue=CATALOGUE, **changes):
 
 
 def run(folder, *arguments):
-    return nano.main(["--data", str(folder), "--device", "cpu", *QUICK, "--batch-size", "4", *map(str, arguments)])
-
-
-def rows_of(out):
-    """Lines of metrics.jsonl, but for how long they took."""
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
+    return helpers.run(*arguments, data=folder)
 
 
 def gradients(policy, value):
@@ -321,7 +328,7 @@ TOY = ["--toy", "--device", "cpu", *QUICK]
 def test_a_model_goes_from_a_folder_to_a_report(finished):
     folder, results = finished
     assert list(results) == ["base", "adagrpo"] and "| adagrpo" in (folder / "first" / "report.md").read_text()
-    sft = [row["nll"] for row in rows_of(folder / "first") if row["phase"] == "sft"]
+    sft = [row["nll"] for row in logged(folder / "first") if row["phase"] == "sft"]
     assert sft[-1] < sft[0]
 
 
@@ -358,7 +365,7 @@ def test_the_same_seed_gives_the_same_numbers_in_a_fresh_process(finished, small
     monkeypatch.chdir(folder)
     nano.main([*TOY, "--out", "toy first"])
     for first, fresh, files in (("first", "fresh", 1), ("toy first", "toy fresh", 2)):
-        assert rows_of(folder / fresh) == rows_of(folder / first)
+        assert logged(folder / fresh) == logged(folder / first)
         for file in ["policy/model.safetensors", "ranker.safetensors"][:files]:
             assert (folder / fresh / file).read_bytes() == (folder / first / file).read_bytes()
 

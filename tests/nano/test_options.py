@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adagrpo_core as core
 import nanoadagrpo as nano
 
-from .helpers import QUICK, distance, settings
+from . import helpers
+from .helpers import distance, logged, run, settings
 from .shops import jsonl
 from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, train
 
@@ -34,25 +35,12 @@ def mine(folder, monkeypatch):
     sys.modules.pop("mine", None)
 
 
-def run(*arguments):
-    return nano.main(["--data", "shop", "--device", "cpu", *QUICK, "--batch-size", "4", *arguments])
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def without_time(rows):
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
-
-
 def refused(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(*arguments)
-    err = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(err) == 1
-    return err[0].removeprefix("nanoadagrpo: ")
+    return helpers.refused(capsys, lambda: run(*arguments)).removeprefix("nanoadagrpo: ")
 
 
 # -- rewards -----------------------------------------------------------------------------------------------------------
@@ -197,7 +185,7 @@ def test_a_library_is_told_every_number_and_imported_only_when_asked_for(mine, f
         name = "/".join(row[key] for key in ("phase", "method") if key in row)
         expected = {f"{name}/{key}": value for key, value in row.items() if not isinstance(value, str)}
         assert numbers == expected
-    assert without_time(lines(folder / "silent" / "metrics.jsonl")) == without_time(rows)
+    assert logged(folder / "silent") == logged(folder / "here")
 
 
 def test_tensorboard_is_told_every_number_at_its_step(mine, folder, monkeypatch):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import nanoadagrpo as nano
 
-from .helpers import save_model
+from .helpers import logged, made, refused, save_model
 from .shops import CODES, jsonl, minionerec
 
 OPTIONS = ["--device", "cpu", "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
@@ -71,20 +71,6 @@ def stopped_after(monkeypatch, lines, call):
     """Run until so many lines have been logged."""
     with at_line(monkeypatch, lines, stop), pytest.raises(Stopped):
         call()
-
-
-def logged(out):
-    """What was logged, but for how long it took."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in row.items() if key not in ("seconds", "memory")} for row in rows]
-
-
-def made(out):
-    """Everything that a run leaves, but for times."""
-    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*")
-             if path.is_file() and path.name not in ("config.json", "report.md", "metrics.jsonl")}
-    report = (out / "report.md").read_text().splitlines()
-    return files, logged(out), [line for line in report if line.startswith("|") and "python" not in line]
 
 
 def checkpoint(out):
@@ -196,16 +182,6 @@ def test_a_checkpoint_is_one_file_without_pickle_and_bears_its_checksum(here):
     assert checkpoint(here).suffix == ".safetensors" and len(load_file(checkpoint(here))) > 10
     digest = hashlib.sha256(checkpoint(here).read_bytes()).hexdigest()
     assert checkpoint(here).stem.split("-")[-1] == digest[:16]
-
-
-def refused(capsys, call, code=2):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call()
-    err = capsys.readouterr().err.splitlines()
-    assert end.value.code == code and len(err) == 1 and err[0].startswith("nanoadagrpo: "), err
-    assert len(err[0]) <= 300 and err[0].isprintable()
-    return err[0]
 
 
 def flipped(raw, bit):
