@@ -2,7 +2,8 @@
 """What is measured on one seed: the arms of the comparison, and section 4's analysis of the base policy.
 
 Everything that learns is `nanoadagrpo`'s. This file adds what only the toy allows, since it knows the truth: an oracle
-gate, the true utility as a reward, and readers who click. What is computed over seeds is in arithmetic.py.
+gate, the true utility as a reward, and readers who click; and the gates that show what D and R choose, beside as many
+chosen at random. What is computed over seeds is in arithmetic.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from arithmetic import best_step
 import adagrpo_core as core
 import nanoadagrpo as nano
 
-# Row of the tables -> (method of nanoadagrpo or oracle-gate, reward).
+# Row of the tables -> (method of nanoadagrpo or of this file, reward).
 ARMS = {
     "nll": ("nll", "ranker"),
     "grpo": ("grpo", "ranker"),
@@ -29,7 +30,9 @@ ARMS = {
     "adagrpo-d": ("adagrpo-d", "ranker"),
     "adagrpo-r": ("adagrpo-r", "ranker"),
     "adagrpo": ("adagrpo", "ranker"),
+    "r-thinned": ("r-thinned", "ranker"),
     "random-gate": ("random-gate", "ranker"),
+    "random-at-r": ("random-at-r", "ranker"),
     "oracle-gate": ("oracle-gate", "ranker"),
     "true-reward": ("grpo+nll", "truth"),
 }
@@ -175,13 +178,26 @@ def run_base(setup, widths):
     return found | {"core_seconds": time.process_time() - began}, arrays
 
 
+def r_thinned(hard, clear, batch, generator):
+    """Of those that R admits as many as D&R admits of this batch, chosen at random."""
+    points = torch.rand(len(clear), generator=generator)
+    order = torch.where(clear, points, 2.0).argsort()  # R's rows come first, in random order
+    admitted = torch.zeros_like(clear)
+    admitted[order[: core.sample_clip(hard, clear).sum()]] = True
+    return admitted
+
+
+def random_at_r(hard, clear, batch, generator):
+    """As many as R admits of this batch, chosen at random."""
+    return clear[torch.randperm(len(clear), generator=generator)]
+
+
 @contextlib.contextmanager
 def registered(method, truth, tally):
     """Under a name of its own, a method that also writes down (batch size, admitted, admitted though misled)."""
-    if method == "oracle-gate":
-        known = nano.Method(True, lambda hard, clear, batch, _: ~torch.from_numpy(truth.misled(batch)))
-    else:
-        known = nano.METHODS[method]
+    gates = {"oracle-gate": lambda hard, clear, batch, _: ~torch.from_numpy(truth.misled(batch)),
+             "r-thinned": r_thinned, "random-at-r": random_at_r}
+    known = nano.Method(True, gates[method]) if method in gates else nano.METHODS[method]
 
     def admit(hard, clear, batch, generator):
         clip = known.admit(hard, clear, batch, generator)

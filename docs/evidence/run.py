@@ -2,6 +2,7 @@
 """The evidence: every method and control on the toy, seed by seed, and the page that reports them.
 
     python docs/evidence/run.py --tune --seeds 0,1 --baits 1      # once: doses -> docs/evidence/dose.json
+    python docs/evidence/run.py --tune --seeds 0,1 --baits 1 --arms r-thinned   # of this arm; the others' doses stay
     python docs/evidence/run.py --seeds 100-109 --jobs 2          # everything -> docs/results.md and its figures
     python docs/evidence/run.py --seeds 0,1 --size small --out X  # a toy of the toy, in a minute: X/results.md
 
@@ -13,6 +14,7 @@ lambda; "tuned" gives each method what --tune found best for it on validation, w
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -42,6 +44,9 @@ from nanoadagrpo import UserError  # noqa: E402
 LAMBDAS = (0.3, 1.0, 5.0, 15.0)
 RATES = (0.25, 0.5, 1.0, 2.0)
 BAITS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# The file of doses: tables of bait -> arm -> what was chosen, what was tried, and by which code (see `fingerprint`).
+VALIDATION = "validation HR@10 %"
+NO_DOSES = {"seeds": [], "doses": {}, VALIDATION: {}, "code": {}}
 
 # Beam width -> prompts of Tables 1 to 3, which describe and do not compare.
 SIZES = {
@@ -80,11 +85,16 @@ def plan(cfg, doses, rules, knob_rules, seeds, knob_seeds):
     return work
 
 
-def trials(cfg, baits, seeds):
+def tuned_arms(cfg, bait, chosen):
+    """The arms that get a dose at this bait, of those that --arms chose (none named: all)."""
+    return [name for name in (ARMS if bait == cfg.bait else KNOB_ARMS) if not chosen or name in chosen]
+
+
+def trials(cfg, baits, seeds, chosen=()):
     """The arms that --tune runs: the same number of doses for every method."""
     work = {seed: {} for seed in seeds}
     for bait in baits:
-        for name in ARMS if bait == cfg.bait else KNOB_ARMS:
+        for name in tuned_arms(cfg, bait, chosen):
             arm = dose(cfg, {}, "equal", name, bait)
             for lam, rate in zip(LAMBDAS, RATES, strict=True):
                 arm_tried = arm._replace(lr=arm.lr * rate) if name in ("nll", "grpo") else arm._replace(lam=lam)
@@ -203,11 +213,17 @@ def load(out, seed, label):
 def tune(args, made):
     cfg = SIZES[args.size][0]
     seeds, baits = args.seeds or [0, 1, 2], sorted({cfg.bait, *args.baits})
-    work = trials(cfg, baits, seeds)
+    page = read_doses(args.dose, made) if args.arms else NO_DOSES
+    if page["doses"] and page["seeds"] != seeds:
+        raise UserError(f"--seeds {seeds_text(seeds)}: the doses of {args.dose}, which --arms keeps, were chosen on "
+                        f"seeds {seeds_text(page['seeds'])}; name these")
+    work = trials(cfg, baits, seeds, args.arms)
     work_through(args.size, args.out / "tune", work, args.jobs, base=False)
-    doses, validation = {}, {}
+    tables = doses, validation, code = [copy.deepcopy(page[key]) for key in ("doses", VALIDATION, "code")]
     for bait in baits:
-        for name in ARMS if bait == cfg.bait else KNOB_ARMS:
+        for table in tables:
+            table.setdefault(f"{bait:g}", {})
+        for name in tuned_arms(cfg, bait, args.arms):
             key = "lr" if name in ("nll", "grpo") else "lam"
             tried = {}
             for seed in seeds:
@@ -215,10 +231,13 @@ def tune(args, made):
                     if arm.name == name and arm.bait == bait:
                         hit = load(args.out / "tune", seed, arm.label)["valid"]["hr@10"]
                         tried.setdefault(getattr(arm, key), []).append(hit)
-            doses.setdefault(f"{bait:g}", {})[name] = {key: choose_dose(tried)}
-            validation.setdefault(f"{bait:g}", {})[name] = {
+            before = doses[f"{bait:g}"].get(name, {}).get(key)
+            chosen = doses[f"{bait:g}"][name] = {key: choose_dose(tried)}
+            validation[f"{bait:g}"][name] = {
                 f"{value:g}": round(100 * float(np.mean(hits)), 2) for value, hits in tried.items()}
-    page = {"seeds": seeds, "doses": doses, "validation HR@10 %": validation,
+            code[f"{bait:g}"][name] = made["code"][:12]
+            print(f"{name}, bait {bait:g}: {key} {chosen[key]:g}" + (f", before {before:g}" if before else ""))
+    page = {"seeds": seeds, "doses": doses, VALIDATION: validation, "code": code,
             "settings": made["settings"], "world": made["world"]}
     write(args.dose, json.dumps(page, indent=1))
     print(f"doses: {args.dose}")
@@ -228,7 +247,7 @@ def tune(args, made):
 def read_doses(path, made):
     """What --tune wrote, or nothing; refused where it was found in another world."""
     if not path.exists():
-        return {"seeds": [], "doses": {}}
+        return NO_DOSES
     page = json.loads(path.read_text(encoding="utf-8"))
     for key in ("settings", "world"):
         if page[key] != made[key]:
@@ -256,6 +275,7 @@ def parse(argv):
     add("--knob-seeds", type=seed_list, help="seeds of the bait figure (default: the first five; '' for none)")
     add("--knob-rule", choices=("equal", "tuned", "both"), default="tuned", help="its dose rule")
     add("--tune", action="store_true", help="choose a dose for every method on validation, write --dose, and stop")
+    add("--arms", type=lambda text: text.split(","), default=[], help="tune these alone, and keep the other doses")
     add("--baits", type=lambda text: [float(x) for x in text.split(",")], default=list(BAITS), help="to tune for")
     add("--dose", type=Path, help="what --tune found (default docs/evidence/dose.json, of small OUT/dose.json); "
                                   "absent: only the equal rule is run")
@@ -267,6 +287,8 @@ def parse(argv):
         raise UserError("--seeds: say which, such as 100-109")
     if args.baits and not set(args.baits) <= set(BAITS):
         raise UserError(f"--baits {args.baits}: choose among {BAITS}")
+    if not set(args.arms) <= set(ARMS) or (args.arms and not args.tune):
+        raise UserError(f"--arms {','.join(args.arms)}: goes with --tune; choose among {', '.join(ARMS)}")
     return args
 
 
@@ -278,6 +300,9 @@ def run(args):
     cfg, world, widths = SIZES[args.size]
     page = read_doses(args.dose, made)
     doses = page["doses"]
+    untuned = [name for name in ARMS if doses and name not in doses[f"{cfg.bait:g}"]]
+    if untuned:
+        raise UserError(f"--dose {args.dose}: no dose of {', '.join(untuned)}; run --tune --arms {','.join(untuned)}")
     rules = ("equal", "tuned") if doses else ("equal",)
     knob_rules = [rule for rule in rules if args.knob_rule in (rule, "both")] or ["equal"]
     knob_seeds = args.seeds[:5] if args.knob_seeds is None else [seed for seed in args.knob_seeds if seed in args.seeds]

@@ -186,6 +186,58 @@ def test_the_oracle_admits_exactly_the_contexts_without_bait(setup):
     assert not setup.truth._replace(bait=0.0).misled(setup.test).any()
 
 
+@pytest.fixture
+def gated_batches():
+    """[(hard, clear)] of 40 batches of 30 prompts; in the last two R admits nobody, and D and R admit everybody."""
+    g = torch.Generator().manual_seed(0)
+    drawn = [tuple(torch.rand(2, 30, generator=g) < 0.5) for _ in range(38)]
+    return [*drawn, (torch.ones(30, dtype=bool), torch.zeros(30, dtype=bool)), (torch.ones(30, dtype=bool),) * 2]
+
+
+def test_r_thinned_admits_as_many_of_rs_in_each_batch_as_d_and_r(gated_batches):
+    g = torch.Generator().manual_seed(1)
+    for hard, clear in gated_batches:
+        admitted = measure.r_thinned(hard, clear, None, g)
+        assert admitted.sum() == (hard & clear).sum() and not (admitted & ~clear).any()
+
+
+def test_random_at_rs_rate_admits_as_many_as_r_in_each_batch(gated_batches):
+    g = torch.Generator().manual_seed(1)
+    for hard, clear in gated_batches:
+        assert measure.random_at_r(hard, clear, None, g).sum() == clear.sum()
+
+
+def test_thinning_and_the_random_gate_at_rs_rate_choose_at_random():
+    """4 of R's 12 and 12 of 30: everyone who can be chosen is chosen equally often, whatever D says."""
+    hard, clear = torch.arange(30) < 4, torch.arange(30) < 12
+    g = torch.Generator().manual_seed(2)
+    for gate, chance in ((measure.r_thinned, torch.where(clear, 4 / 12, 0.0)),
+                         (measure.random_at_r, torch.full((30,), 12 / 30))):
+        often = torch.stack([gate(hard, clear, None, g) for _ in range(4000)]).double().mean(0)
+        error = (chance * (1 - chance) / 4000).sqrt()
+        assert ((often - chance).abs() <= 4 * error).all()  # 0 where R does not admit
+
+
+def test_both_gates_are_trained_with_and_keep_their_coverage(setup, monkeypatch):
+    """In training the gates get the D and R of each batch: as many are admitted as D&R, or R, admits there."""
+    asked = []
+
+    def noted(gate):
+        def admit(hard, clear, batch, generator):
+            asked.append((len(clear), int((hard & clear).sum()), int(clear.sum())))
+            return gate(hard, clear, batch, generator)
+        return admit
+
+    cfg = dataclasses.replace(setup.cfg, batch_size=20, rl_steps=3, tau=0.1, rho=0.8)  # admit some of a small batch
+    setup = setup._replace(cfg=cfg)
+    for name, gate, column in (("r-thinned", "r_thinned", 1), ("random-at-r", "random_at_r", 2)):
+        monkeypatch.setattr(measure, gate, noted(getattr(measure, gate)))
+        asked.clear()
+        _, arrays = measure.run_arm(setup, arm_of(setup, name), "full")
+        assert arrays["admitted"][:, :2].tolist() == [[row[0], row[column]] for row in asked]
+        assert len(asked) == cfg.rl_steps and 0 < sum(row[1] for row in asked) < sum(row[2] for row in asked)
+
+
 def test_the_true_reward_is_the_users_own_utility(setup):
     _, which, count = torch.unique(setup.data.rl.history, dim=0, return_inverse=True, return_counts=True)
     part = setup.data.rl.rows((count[which] == 1).nonzero()[:6, 0])  # of equal histories one user answers for all
