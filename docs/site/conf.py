@@ -13,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
+from docutils import nodes
+
 project = "AdaGRPO"
 extensions = ["myst_parser"]
 root_doc = "README"
@@ -22,18 +24,22 @@ highlight_language = "text"  # of indented blocks: most are commands
 myst_heading_anchors = 4  # as GitHub names them
 html_theme = "furo"
 html_title = project
+html_static_path = html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).with_name("search.js"))
+smartquotes = False  # or the two hyphens of a flag become a dash
 html_copy_source = False
 html_show_copyright = False
 
-PARTS = {"Learn": ["docs/walkthrough", "docs/equations", "docs/faq", "docs/metrics"],
-         "See": ["docs/results", "docs/toy"],
-         "Use": ["docs/data", "docs/sids", "docs/models", "docs/vendoring", "docs/benchmarks"], "More": []}
+PARTS = {"Learn": ["docs/walkthrough", "docs/tutorial", "docs/equations", "docs/faq", "docs/metrics"],
+         "See": ["docs/results", "docs/results-tables", "docs/toy", "docs/toy-log"],
+         "Use": ["docs/data", "docs/sids", "docs/models", "docs/recommend", "docs/scale", "docs/vendoring",
+                 "docs/benchmarks"], "More": []}
 
 
 def contents(root):
     """The order of the pages, which README.md has no place for; a page that nobody put in order comes last."""
-    parts = {title: list(names) for title, names in PARTS.items()}
     pages = sorted(f"docs/{path.stem}" for path in (root / "docs").glob("*.md"))
+    parts = {title: [name for name in names if name in pages] for title, names in PARTS.items()}
     parts["More"] += [page for page in pages if not any(page in names for names in parts.values())]
     parts["More"] += ["docs/site/source", "CHANGELOG"]
     return "".join(f"\n\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(names) + "\n```\n"
@@ -58,10 +64,18 @@ def complete(app, name, source):
         return f"]({os.path.relpath(page, here)})" if page else match[0]
 
     source[0] = re.sub(r"\]\(([\w./-]+)\)", lead, source[0])
+    source[0] = re.sub(r"(?<=  )eq\. (?=\d)", "eq.\u00a0", source[0])  # behind a formula, where a line may wrap
     if name == root_doc:
         source[0] += contents(root)
     if name == "docs/site/source":
         source[0] += "".join(the_source(root))
+
+
+def small_print(app, doctree):
+    """Names of tests, for site.css."""
+    for code in doctree.findall(nodes.literal):
+        if code.astext().startswith("test_"):
+            code["classes"].append("test")
 
 
 def front_page(app, error):
@@ -71,5 +85,6 @@ def front_page(app, error):
 
 def setup(app):
     app.connect("source-read", complete)
+    app.connect("doctree-read", small_print)
     app.connect("build-finished", front_page)
     return {"parallel_read_safe": True}

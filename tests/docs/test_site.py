@@ -98,6 +98,28 @@ def test_the_search_knows_the_words_of_pages_and_source(site):
     assert "in_batch_neg" in index and "hallucin" in index  # stems
 
 
+def test_the_search_ranks_by_the_sites_own_rule_and_names_pages_that_exist(site):
+    """Looked at in a browser: the changelog comes behind the pages that explain. Here: the rule is in the site."""
+    rule = (ROOT / "docs/site/search.js").read_text(encoding="utf-8")
+    assert rule in (site / "_static/language_data.js").read_text(encoding="utf-8")
+    assert (site / "docs/walkthrough.html").is_file() and '"docs/walkthrough"' in rule
+
+
+def test_signs_are_those_of_the_markdown(site):
+    """Smart quotes would make a dash of the two hyphens of a flag."""
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        page = (site / path.relative_to(ROOT)).with_suffix(".html").read_text(encoding="utf-8")
+        article = re.search(r"<article.*?</article>", page, flags=re.S)[0]
+        assert set(article) & set("‘’“”–—") <= set(path.read_text(encoding="utf-8")), path.name
+
+
+def test_the_style_sheet_is_loaded_and_finds_the_names_of_tests(site):
+    page = site / "docs/equations.html"
+    assert any(link.split("?")[0].endswith("_static/site.css") for link in Page(page).loads)
+    assert (site / "_static/site.css").is_file()
+    assert page.read_text(encoding="utf-8").count('class="test docutils literal') > 10
+
+
 def test_no_formula_waits_for_a_renderer(site):
     """Formulas are plain text; dollars or backslashes in what is read would be formulas that nothing renders."""
     for path in site.rglob("*.html"):
