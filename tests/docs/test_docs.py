@@ -40,8 +40,8 @@ def code_spans(text):
 # -- code blocks -------------------------------------------------------------------------------------------------------
 
 # Blocks that need something first are run by tests/recipes/test_vendoring_page.py, tests/nano/test_models.py and
-# test_models_page.py and test_data_page.py.
-ELSEWHERE = {"docs/vendoring.md", "docs/models.md", "docs/data.md"}
+# test_models_page.py, test_data_page.py and test_tutorial_page.py.
+ELSEWHERE = {"docs/vendoring.md", "docs/models.md", "docs/data.md", "docs/tutorial.md"}
 RUNNABLE = [page for page, text in PAGES.items() if "```python" in text and page not in ELSEWHERE]
 
 
@@ -161,7 +161,7 @@ def test_commands_are_found_however_they_are_quoted():
 
 
 ABOUT_THE_SCRIPT = ["README.md", "docs/walkthrough.md", "docs/equations.md", "docs/metrics.md", "docs/toy.md",
-                    "docs/data.md", "docs/models.md", "docs/sids.md", "docs/benchmarks.md"]
+                    "docs/data.md", "docs/models.md", "docs/sids.md", "docs/benchmarks.md", "docs/tutorial.md"]
 
 
 @pytest.mark.parametrize("page", ABOUT_THE_SCRIPT)
