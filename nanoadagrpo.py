@@ -57,6 +57,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("nanoadagrpo: loading torch and transformers", flush=True)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -66,6 +70,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -77,53 +82,53 @@ import adagrpo_core as core
 # N items. An item is a row of the catalogue; -1 is none: padding left of a history, or a hallucination.
 
 
-def option(default, help, low=0, high=None, known=""):
+def option(default, help, low=0, high=None, known="", group=""):
     high = high or (10**6 if isinstance(default, int) else 1e38)
-    metadata = dict(help=help, range=(low, high), known=known.split())
+    metadata = dict(help=help, range=(low, high), known=known.split(), group=group)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    toy: bool = option(False, "train in a made-up shop: no data needed")
+    toy: bool = option(False, "train in a made-up shop: no data needed", group="what to train")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
     model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
     method: str = option("adagrpo", "one of the methods above, several with commas between them, or all")
     seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
-    out: str = option("", "folder for the results, must not exist yet (default: a new one under runs/)")
-    resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
-    save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "a tracker, beside metrics.jsonl", known="tensorboard wandb trackio")
-    device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
-    dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", known="auto float32 bfloat16")
-    sft_steps: int = option(400, "supervised steps that make the base policy; 0: --model is it")
+    group_size: int = option(16, "K, rollouts per prompt", group="method and gate")
+    negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
+    tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it prominent")
+    rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
+    ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", known="min average max")
+    lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
+    epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
+    reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
+    floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
+    constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
+    sft_steps: int = option(400, "supervised steps, to a base policy; 0: --model is it", group="optimisation")
     sft_batch_size: int = option(128, "prompts per supervised step", 1)
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
     rl_steps: int = option(200, "steps of --method, each on fresh rollouts; 0: only evaluate")
     batch_size: int = option(64, "B, prompts per step of --method, of all processes together", 1)
     micro_batch_size: int = option(0, "prompts that a process runs at once; saves memory, same loss; 0: all")
-    group_size: int = option(16, "K, rollouts per prompt")
-    reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
-    negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
-    lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
-    tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it prominent")
-    rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
-    ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", known="min average max")
-    epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     updates: int = option(1, "optimizer steps per batch of rollouts", 1)
     lr: float = option(2e-3, "peak learning rate of --method; for --model rather 3e-5")
     grpo_lr: float = option(5e-5, "the same for pure GRPO, which has no NLL")
-    floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
-    constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
-    keep: str = option("last", "policy to test and save; best: by validation HR@10", known="last best")
-    log_holdout: float = option(0.1, "share of log.*, its last rows, that the ranker is judged on", high=0.9)
+    max_history: int = option(10, "items of a history that the policy sees, the latest", 1, group="data")
     rl_prompts: int = option(0, "labelled prompts for --method; 0 takes all there are", high=10**9)
-    max_history: int = option(10, "items of a history that the policy sees, the most recent ones", 1)
+    log_holdout: float = option(0.1, "share of log.*, its last rows, that the ranker is judged on", high=0.9)
     bait: float = option(1.0, "toy: how far clicks in baited contexts follow bait, not taste; 0..1", high=1)
-    beam_width: int = option(50, "W, beams per prompt in evaluation", 1)
+    beam_width: int = option(50, "W, beams per prompt in evaluation", 1, group="evaluation")
     eval_prompts: int = option(4000, "test prompts at the end; a quarter as many for validation", 1, 10**9)
     eval_every: int = option(50, "steps between two points of the training curve", 1)
     eval_batch_size: int = option(250, "prompts that are evaluated at once", 1)
+    keep: str = option("last", "policy to test and save; best: by validation HR@10", known="last best")
+    out: str = option("", "folder for the results, new; default: one under runs/", group="running")
+    resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
+    save_every: int = option(100, "steps between two checkpoints; 0 makes none")
+    log_to: str = option("", "a tracker, beside metrics.jsonl", known="tensorboard wandb trackio")
+    device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
+    dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", known="auto float32 bfloat16")
 
     def __post_init__(self):
         check_settings(self)
@@ -163,6 +168,10 @@ class Policy:
         on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
 
+    @functools.cached_property
+    def trained(self):  # where a gradient is wanted
+        return data_parallel(self.model)
+
     def forward(self, tokens, attention_mask, positions, layers=None, keep=0):
         """Run n new tokens (B, n); row i of attention_mask (B, n, cached + n) says what token i may see.
 
@@ -177,9 +186,10 @@ class Policy:
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=tokens.device)
         mask = mask.masked_fill(~attention_mask, blocked)[:, None]
         cache = DynamicCache(layers)  # shares the tensors, so that one prompt can be continued many times
+        model = self.trained if torch.is_grad_enabled() else self.model
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
-                                logits_to_keep=keep, **{self.cache_name: cache}).logits
+            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
+                           logits_to_keep=keep, **{self.cache_name: cache}).logits
         logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return logp, [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -435,7 +445,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
                 prompt, target_logp = prefilled
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                loss = nll.sum() / B if method.supervised else 0.0
+                loss = method.supervised * nll.sum() / B  # 0 for pure GRPO, but all processes go backward
                 if len(rows):  # only they need a graph through their rollouts: with adagrpo, one in ten
                     here, old = rows - part.start, old_logp[rows]
                     prompt = prompt if len(rows) == len(nll) else prompt.rows(here)
@@ -443,8 +453,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
                     surrogate = core.grpo_loss(logp, old, advantages[rows], epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
                     grpo[here], ratio[here] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
-                if torch.is_tensor(loss):
-                    loss.backward()
+                (loss * world_size()).backward()  # processes share the mean of their gradients, not the sum
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
             nll, grpo, ratio = gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
@@ -454,18 +463,6 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
             stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
         log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
         on_step(step + 1, optimizer, generators)
-
-
-def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
-    """What to look at when training goes wrong; docs/metrics.md defines each."""
-    lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
-    prominent = core.reliability(target_reward, rewards, lowest, **cfg.gate())
-    same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
-    shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
-                  not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
-                  zero_spread=(rewards == rewards[:, :1]).all(1), duplicate_rollouts=same.tril(-1).any(-1))
-    return dict(reward=rewards.mean(), reward_spread=rewards.std(1).mean(),
-                **{name: which.float().mean() for name, which in shares.items()})
 
 
 # -- supervised training, which makes the base policy, and evaluation ----------------------------------------
@@ -480,7 +477,7 @@ def train_sft(policy, prompts, cfg, log, begin=lambda *_: 0, on_step=lambda *_: 
         batch, terms = prompts.rows(order[step]), []
         for part in local_micro_batches(B, cfg.micro_batch_size):
             nll = core.nll_loss(prefill_with_target(policy, batch.rows(part))[1])
-            (nll.sum() / B).backward()
+            (nll.sum() / B * world_size()).backward()
             terms.append(nll.detach())
         nll = gather(terms)
         norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
@@ -493,15 +490,15 @@ def evaluate(policy, ranker, prompts, cfg):
     """Beam search on every prompt. Returns the metrics, and for each prompt what they are the means of."""
     parts, generator = [], make_generator(cfg.seed, "evaluation", cfg.device)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
-    everyone = torch.arange(len(prompts.target), device=cfg.device)
-    for rows in progress(everyone.split(cfg.eval_batch_size), "evaluate"):
-        part = prompts.rows(rows)
+    for rows in progress(torch.arange(len(prompts.target)).split(cfg.eval_batch_size), "evaluate"):
+        points = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
+        local = local_rows(len(rows))  # of several processes, each runs its share
+        part = prompts.rows(rows[local].to(cfg.device))
         prompt = prefill(policy, part.history)
         beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.allowed))
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
-        points = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
-        samples, _ = tree_decode(policy, prompt, sample(points, policy.allowed))
+        samples, _ = tree_decode(policy, prompt, sample(points[:, local], policy.allowed))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
         valid, hit = item >= 0, item == part.target[:, None]
         place = valid.cumsum(1)  # among the valid beams, from 1
@@ -513,7 +510,8 @@ def evaluate(policy, ranker, prompts, cfg):
             each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
         each["hallucination"] = 1 - valid.float().mean(1)
         each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
-        parts.append({k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1)))
+        each = {k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1))
+        parts.append({key: gather([x])[: len(rows)] for key, x in each.items()})
     each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
 
@@ -878,9 +876,9 @@ def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
     torch.manual_seed(cfg.seed)
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
     steps = max(1, epochs * len(log.item) // batch)
-    optimizer = Optimizer(ranker, lr, steps, shared=False)  # each process trains the whole of it
+    optimizer = Optimizer(ranker, lr, steps)
     order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
-    for step in progress(range(steps), "ranker"):
+    for step in progress(range(steps if rank() == 0 else 0), "ranker"):
         history, item, click, ordered = log.rows(order[step])
         logit, click, shown = ranker(history, item), click.float(), (item >= 0).float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click, weight=shown)
@@ -889,6 +887,8 @@ def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
         loss = loss / shown.mean()  # rows may be of different lengths
         loss.backward()
         optimizer.step(f"ranker, step {step + 1}", loss=loss)
+    for parameter in ranker.parameters() if dist.is_initialized() else ():
+        dist.broadcast(parameter.data, 0)
     return ranker.eval().requires_grad_(False)
 
 
@@ -1180,6 +1180,21 @@ def rows_of(which, parts):
     return [torch.tensor(x, dtype=torch.long, device=which.device) for x in rows]
 
 
+def data_parallel(model):
+    """The model; of several processes, a backward pass through it gives each the mean of all gradients."""
+    if world_size() == 1:
+        return model
+    parallel = DistributedDataParallel(model)
+    parallel.broadcast_buffers = False  # they are constants; it would hang where one process admits nobody
+    return parallel
+
+
+def local_rows(n):
+    """Which of n rows this process evaluates; all have equally many, so some of the last are done twice."""
+    size = -(-n // world_size())
+    return torch.arange(rank() * size, (rank() + 1) * size).clamp(max=n - 1)
+
+
 def gather(pieces):
     """The rows of this process, in pieces -> those of the whole batch."""
     local = torch.cat(pieces)
@@ -1191,20 +1206,16 @@ def gather(pieces):
 
 
 class Optimizer:
-    """AdamW, decaying linearly to 2 %; gradients are summed over processes if shared, then clipped to 1."""
+    """AdamW, decaying linearly to 2 %; gradients are clipped to norm 1."""
 
-    def __init__(self, module, lr, steps, shared=True):
-        self.parameters, self.shared = list(module.parameters()), shared and dist.is_initialized()
+    def __init__(self, module, lr, steps):
+        self.parameters = list(module.parameters())
         self.adamw = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.adamw, 1.0, 0.02, max(1, steps))
 
     def step(self, where, **watched):
         """Returns norm before clipping and learning rate. No weight moves if `watched` is not finite."""
         lr = self.schedule.get_last_lr()[0]
-        for parameter in self.parameters if self.shared else ():
-            if parameter.grad is None:  # not used by the rows of this process, but perhaps by others
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
         watched["gradient norm"] = norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         finite = torch.stack([x.isfinite().all() for x in watched.values()]).tolist()
         if not all(finite):
@@ -1286,9 +1297,9 @@ class Checkpoints:
                     if x != self.state["origin"][key]:
                         raise ValueError(f"the run was begun with another {key}")
                 model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.state["model"]))
-                found = model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
-                if found.unexpected_keys:
-                    raise ValueError("its weights are of another model")
+                for found in (self.base, self.best, self.state["policy"]):
+                    if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
+                        raise ValueError("its weights are of another model")
                 self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
             except Exception as error:  # a disk can do anything to a file
                 raise UserError(f"{path}: {first_line(error)}; mend that, or begin a new run") from None
@@ -1334,10 +1345,23 @@ class Checkpoints:
             path.unlink()
 
 
+def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
+    """What to look at when training goes wrong; docs/metrics.md defines each."""
+    lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
+    prominent = core.reliability(target_reward, rewards, lowest, **cfg.gate())
+    same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
+    shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
+                  not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
+                  zero_spread=(rewards == rewards[:, :1]).all(1), duplicate_rollouts=same.tril(-1).any(-1))
+    return dict(reward=rewards.mean(), reward_spread=rewards.std(1).mean(),
+                **{name: which.float().mean() for name, which in shares.items()})
+
+
 COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
            "Clk@1": "click_reward@1", "Clk@10": "click_reward@10", "Clk@50": "click_reward@50",
            "Ord@1": "order_reward@1", "Ord@10": "order_reward@10", "Ord@50": "order_reward@50",
            "halluc. %": "hallucination", "sampled %": "sampled_hallucination", "admitted %": "admitted"}
+ON_SCREEN = "HR@10 %", "HR@50 %", "NDCG@10 %", "Clk@10", "Ord@10", "halluc. %", "admitted %"
 
 
 def markdown(titles, rows):
@@ -1349,14 +1373,14 @@ def markdown(titles, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table(results):
-    """The paper's Table 4."""
+def table(results, titles):
+    """The paper's Table 4, or some of its columns."""
     rows = []
     for name, row in results.items():
-        cells = [(row.get(key), 100 if "%" in title else 1) for title, key in COLUMNS.items()]
+        cells = [(row.get(COLUMNS[title]), 100 if "%" in title else 1) for title in titles]
         name += f", step {row['kept_step']}" if "kept_step" in row else ""
         rows.append([name, *("" if x is None else f"{x * n:.{3 - (n > 1)}f}" for x, n in cells)])
-    return markdown(["method".ljust(11), *COLUMNS], rows)
+    return markdown(["method".ljust(11), *titles], rows)
 
 
 def influence_table(row):
@@ -1505,40 +1529,40 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
         again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
         machine = f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads"
         tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-        page = f"{table(results)}\n\n{learnt}\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
-        (out / "report.partial").write_text(f"# {out.name}\n\n`python nanoadagrpo.py {again}`\n\n{page}\n"
+        page = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
+        (out / "report.partial").write_text(f"# {out.name}\n\n`python nanoadagrpo.py {again}`\n\n"
+                                            f"{table(results, COLUMNS)}\n\n{page}\n"
                                             f"![training dynamics](dynamics.png)\n\n{influence}")
         (out / "report.partial").rename(out / "report.md")
         for path in (*checkpoints.files(), *out.rglob(".tmp*")):  # the run is complete
             path.unlink()  # the latter are safetensors' own, of a run that was killed
-        print(f"\n{page}report, figure and policy: {out}")
+        print(f"\n{table(results, ON_SCREEN)}\n\n{page}{out}: policy, figure, and a report with all columns "
+              "(their definitions: docs/metrics.md)")
     return results
 
 
 def make_folder(cfg):
-    """A new folder with config.json in it: it appears whole or not at all, and never over anything."""
+    """A new folder with config.json in it, never over anything; of one that fails, nothing is left."""
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
         if rank() > 0:
             return out
-        partial = out.parent / f".{os.getpid()}-{time.time_ns()}.partial"
         created = [parent for parent in out.parents if not os.path.lexists(parent)]
         try:
             name.encode()  # what cannot be printed could not be reported either
-            if os.path.lexists(out):
-                raise FileExistsError("it exists already")
-            partial.mkdir(parents=True)
-            (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            return partial.rename(out)  # fails if another run has been faster
-        except (OSError, ValueError) as error:
+            out.mkdir(parents=True)  # fails if another run has been faster
+            created.insert(0, out)
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            return out
+        except (OSError, ValueError, KeyboardInterrupt) as error:
+            with contextlib.suppress(OSError, ValueError):
+                for folder in created:
+                    (shutil.rmtree if folder == out else Path.rmdir)(folder)
+            if isinstance(error, KeyboardInterrupt):
+                raise
             if cfg.out or not os.path.lexists(out):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
-        finally:  # nothing is left but what has been renamed, and the folders that it lies in
-            shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError, ValueError):
-                for parent in created:
-                    parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -1553,7 +1577,7 @@ def locked(out, rows):
         except BlockingIOError:
             raise UserError(f"--resume {out}: another process runs it; wait for it, or stop it") from None
         except KeyboardInterrupt:
-            last = [dict(step=0), *rows][-1]
+            last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
             after = f"{last.get('method', 'sft')}, step {last['step']}"
             text = f"stopped after {after}; go on with --resume {out}"
             raise KeyboardInterrupt(text) from None
@@ -1608,14 +1632,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    about = f"{__doc__.splitlines()[0]} Methods: {', '.join(METHODS)}, all."
-    parser = Parser("nanoadagrpo", None, about, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    first, _, examples, *_ = __doc__.split("\n\n")
+    parser = Parser("nanoadagrpo", "nanoadagrpo.py --toy | --data DIR [...]", allow_abbrev=False,
+                    description=f"{first}\nMethods: {', '.join(METHODS)}, all.\n\n{examples}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
+    group = parser
     for field in dataclasses.fields(Settings):
-        kind = dict(type=type(field.default), choices=field.metadata["known"] or None)
-        kind = dict(action="store_true") if field.default is False else kind
-        parser.add_argument(to_flag(field.name), default=field.default, help=field.metadata["help"], **kind)
+        x, about, flag = field.default, field.metadata, to_flag(field.name)
+        group = parser.add_argument_group(about["group"]) if about["group"] else group
+        if x is False:
+            group.add_argument(flag, action="store_true", help=about["help"])
+            continue
+        shown = f"{x:.3g}" if isinstance(x, float) else x
+        text = about["help"] + f" (default: {shown})" * (x != "")
+        metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
+        group.add_argument(flag, default=x, type=type(x), choices=about["known"] or None, metavar=metavar,
+                           help=text)
     given = vars(parser.parse_args(argv))
     if given["resume"]:
         out = Path(given["resume"])
@@ -1672,7 +1705,7 @@ def main(argv=None):
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        text, code = str(error), 2
+        text, code, process = str(error), 2, os.environ.get("RANK", "0")
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
@@ -1681,8 +1714,12 @@ def main(argv=None):
                 raise
             text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        if os.environ.get("RANK", "0") == "0":  # all processes say the same
-            text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
+        text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
+        if process != "0" and code == 2:  # torchrun stops it meanwhile if the first process says the same
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+            text = f"process {process}: {text}"
+        if process == "0" or code == 2:
             print(f"nanoadagrpo: {text}", file=sys.stderr)
         raise SystemExit(code) from None
     finally:

@@ -114,10 +114,12 @@ def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path
     report = (out / "report.md").read_text()
     assert "python nanoadagrpo.py --toy --sft-steps 5 --rl-steps 3 --beam-width 12 --eval-prompts 20" in report
     assert "dynamics.png" in report
-    for text in (done.stdout, report):
+    for text, columns in ((done.stdout, nano.ON_SCREEN), (report, nano.COLUMNS)):
         header, _, *rows = cells(text)
         assert [row[0] for row in rows] == ["base", "adagrpo"]
-        assert header == ["method", *nano.COLUMNS]
+        assert header == ["method", *columns]
+    assert max(map(len, done.stdout.splitlines())) <= 110 and "docs/metrics.md" in done.stdout
+    assert done.stdout.startswith("nanoadagrpo: loading"), "before anything that takes seconds"
 
     if os.environ.get("DEEP_TESTS"):  # of a small shop: tests/nano/test_models.py, in a fresh process
         nano.main([*command[2:-1], str(out.parent / "again")])
@@ -201,7 +203,9 @@ def test_every_method_starts_from_the_same_base_and_the_same_rollouts(everything
 def test_the_returned_numbers_are_those_in_the_log_and_the_table(small_shop, folder, capsys):
     results = toy("--out", "here")
     tests = {row["method"]: row for row in lines(folder / "here") if row["phase"] == "test"}
-    header, _, *table = cells(capsys.readouterr().out)
+    header, _, *table = cells((folder / "here" / "report.md").read_text())
+    narrow, _, *shown = cells(capsys.readouterr().out)
+    assert [[cell for title, cell in zip(header, row, strict=True) if title in narrow] for row in table] == shown
     for name, row in results.items():
         assert "hr@10" in row and "hr@50" not in row, "there are 12 beams"
         assert {key: tests[name][key] for key in row} == row
@@ -263,15 +267,15 @@ def test_the_report_repeats_the_options_that_were_given(small_shop, folder):
 @pytest.mark.parametrize("given", [True, False], ids=["into one --out", "without --out"])
 def test_of_two_runs_started_together_the_slower_leaves_nothing_or_takes_the_next_name(
         small_shop, folder, monkeypatch, capsys, given):
-    out, rename = folder / ("one" if given else "runs/toy-adagrpo-0"), pathlib.Path.rename
+    out, mkdir = folder / ("one" if given else "runs/toy-adagrpo-0"), pathlib.Path.mkdir
 
-    def overtaken(path, target):
-        if str(target).endswith(out.name):
-            out.mkdir()
+    def overtaken(path, *args, **kwargs):
+        if path.name == out.name and not out.exists():
+            mkdir(out, parents=True)
             (out / "config.json").write_text("the faster one's")
-        return rename(path, target)
+        return mkdir(path, *args, **kwargs)
 
-    monkeypatch.setattr(pathlib.Path, "rename", overtaken)
+    monkeypatch.setattr(pathlib.Path, "mkdir", overtaken)
     if given:
         with pytest.raises(SystemExit) as end:
             toy(*NOTHING, "--out", "one")

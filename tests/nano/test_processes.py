@@ -17,7 +17,7 @@ import nanoadagrpo as nano
 
 from .helpers import distance, listen, state
 from .shops import jsonl
-from .test_step import METHODS, PROMPTS, cfg, policy_of, train
+from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, policy_of, train
 
 every_method = pytest.mark.parametrize("name", METHODS)
 EXACT = {"difficult", "easy", "reliable", "not_prominent", "not_suppressed", "admitted", "zero_spread",
@@ -107,8 +107,13 @@ from safetensors.torch import save_file
 import nanoadagrpo as nano
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # not yet: there is no second group
 runpy.run_path(nano.__file__, run_name="__main__")
-from tests.nano.test_processes import SHARED, sft
+from tests.nano.test_processes import SHARED, judged, sft, stopped_and_resumed
 from tests.nano.test_step import METHODS, cfg, train
+stopped_and_resumed("two", "half")
+if dist.get_rank() == 0:
+    save_file(judged(), "judged.safetensors")
+else:
+    judged()
 for name in ["sft", *METHODS]:
     made, rows = sft(micro_batch_size=2) if name == "sft" else train(name, cfg(**SHARED, micro_batch_size=2))
     if dist.get_rank() == 0:
@@ -126,6 +131,41 @@ def reward(history, item):
 OPTIONS = ["--data", "shop", "--device", "cpu", "--sft-steps", "4", "--sft-batch-size", "8", "--rl-steps", "4",
            "--batch-size", "4", "--group-size", "8", "--eval-prompts", "8", "--beam-width", "6", "--tau", "0.5",
            "--rho", "0.6", "--save-every", "2", "--method", "adagrpo-d", "--reward", "two_scores:reward"]
+
+
+def judged():
+    """What `evaluate` says of each prompt, and the weights of a ranker; 7 prompts, 3 and 1 at a time."""
+    c = cfg(eval_batch_size=3, beam_width=10)
+    ranker = nano.train_ranker(CATALOGUE, clicks(), c)
+    numbers, each = nano.evaluate(policy_of(), ranker, PROMPTS.rows(slice(7)), c)
+    mean = {f"mean/{key}": torch.tensor(x, dtype=torch.float64) for key, x in numbers.items()}
+    return mean | each | {f"ranker/{key}": x.clone() for key, x in ranker.state_dict().items()}
+
+
+def clicks():
+    item = (torch.arange(16)[:, None] + torch.arange(3)) % CATALOGUE.N
+    return nano.ImpressionLog(PROMPTS.history[torch.arange(16) % len(PROMPTS.target)], item, item % 3 == 0, None)
+
+
+def stopped_and_resumed(whole, half):
+    """The run `whole` once more into `half`, interrupted in the middle of its steps and resumed."""
+    argv = [*OPTIONS, "--out", half]
+    call = nano.MetricsLog.__call__
+
+    def interrupted(log, **row):
+        if row["phase"] == "rl" and row["step"] == 4:  # of all processes
+            raise KeyboardInterrupt
+        return call(log, **row)
+
+    nano.MetricsLog.__call__ = interrupted
+    try:
+        nano.main(argv)
+    except SystemExit as end:
+        assert end.code == 130
+    else:
+        raise AssertionError("was not interrupted")
+    nano.MetricsLog.__call__ = call
+    nano.main(["--resume", half])
 
 
 def written(out):
@@ -172,15 +212,34 @@ def test_torchrun_of_the_script_gives_the_run_of_one_process_written_once(togeth
             assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-3)
     assert sorted(path.name for path in (folder / "two").iterdir()) == sorted(
         path.name for path in (folder / "one").iterdir()), "one process writes, once"
-    assert len(re.findall(r"\| +adagrpo-d +\|", printed)) == 1
+    assert len(re.findall("^two: policy", printed, re.MULTILINE)) == 1
+
+
+def test_evaluation_is_shared_out_and_the_ranker_trained_once(together):
+    """To the same numbers, also where processes do not have equally many prompts."""
+    alone, shared = judged(), load_file(together[0] / "judged.safetensors")
+    assert alone.keys() == shared.keys() and "mean/hr@10" in alone
+    for key, x in alone.items():
+        torch.testing.assert_close(shared[key].double(), x.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_two_processes_resume_to_the_same_bits(together):
+    assert written(together[0] / "half") == written(together[0] / "two")
+    for name in ("policy/model.safetensors", "ranker.safetensors"):
+        assert (together[0] / "half" / name).read_bytes() == (together[0] / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys, rank):
+def test_of_several_processes_the_first_says_what_is_wrong_or_else_the_one_that_knows(monkeypatch, capsys, rank):
+    """torchrun ends the others while they wait, if the first one has said it."""
+    waited = []
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(nano.time, "sleep", waited.append)
     with pytest.raises(SystemExit) as end:
         nano.main(["--toy", "--group-size", "1"])
-    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == (rank == "0")
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(said) == 1 and bool(waited) == (rank == "1")
+    assert said[0].startswith("nanoadagrpo: process 1: " if rank == "1" else "nanoadagrpo: --tau")
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
