@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What the recipes share: AdaGRPO for a stack that takes nothing but one advantage per row.
+"""What the recipes share: which core they use, and AdaGRPO for a stack that takes nothing but one advantage per row.
 
 Each group holds K rollouts and, as its last row, the ground truth. Copy this file next to your trainer.
+
+    python docs/recipes/extra_row.py      # prints which core the recipes use
 """
 
-import adagrpo_core as core  # or wherever you copied the folder: from .vendor import adagrpo_core as core
+from pathlib import Path
+
+# The one line to change for a vendored copy: from yourproject.vendor import adagrpo_core as core
+import adagrpo_core as core
+
+
+def which_core():
+    return f"adagrpo core {core.__version__} from {Path(core.__file__).parent}"
 
 
 def advantage_rows(
@@ -31,3 +40,7 @@ def negative_rows(keys, *, k, m):
     """
     drawn = core.in_batch_negatives(keys, k=k, m=m)  # counts rollouts only
     return drawn + drawn // k  # one ground truth stands behind every k rollouts
+
+
+if __name__ == "__main__":
+    print(which_core())

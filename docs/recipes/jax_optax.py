@@ -7,8 +7,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-
-import adagrpo_core as core
+from extra_row import core, which_core
 
 USERS, LEVELS, CODES = 8, 3, 6
 K, M, UPDATES = 12, 1, 2
@@ -80,5 +79,6 @@ def train(steps=30, seed=0):
 
 
 if __name__ == "__main__":
+    print(which_core())
     for step, (nll, admitted) in enumerate(train()):
         print(f"step {step:2d}  NLL {nll:.3f}  admitted {admitted:.2f}")

@@ -6,10 +6,8 @@ policy's rank of the truth needs one number per row. `likelihood` computes it a 
 """
 
 import torch
-from extra_row import advantage_rows
+from extra_row import advantage_rows, core
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-import adagrpo_core as core
 
 # "grpo" is the mean per sequence first; "dapo", the default, is a mean over tokens. compiled=False saves the warm-up.
 fused = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="grpo", use_ref_model=False, temperature=1.0, compiled=False)

@@ -22,9 +22,7 @@ on the place in the group, so they cannot score a negative.
 
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, negative_rows
-
-import adagrpo_core as core
+from extra_row import advantage_rows, core, negative_rows, which_core
 
 
 def adagrpo_advantages(trainer, prompts, completions, ids, attend, counts, rewards, columns, *, negatives=1, **gate):
@@ -32,6 +30,8 @@ def adagrpo_advantages(trainer, prompts, completions, ids, attend, counts, rewar
 
     prompts, completions, columns, ids (N, P+L), attend (N, P+L), counts (N, L): of this process; rewards: of all.
     """
+    if trainer.state.global_step == 0 and trainer.accelerator.process_index == 0:
+        print(which_core())
     k = trainer.num_generations - 1
     with torch.no_grad():
         token_logp = trainer._get_per_token_logps(trainer.model, ids, attend, counts.shape[1])

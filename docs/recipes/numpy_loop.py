@@ -8,9 +8,7 @@ any language needs only the rows of advantages; here the gradient of a table of 
 """
 
 import numpy as np
-from extra_row import advantage_rows, negative_rows
-
-import adagrpo_core as core
+from extra_row import advantage_rows, core, negative_rows, which_core
 
 USERS, LEVELS, CODES = 8, 3, 6
 K, M = 12, 1
@@ -57,5 +55,6 @@ def train(steps=60, seed=0, rate=6.0):
 
 
 if __name__ == "__main__":
+    print(which_core())
     for step, (nll, admitted) in enumerate(train()):
         print(f"step {step:2d}  NLL {nll:.3f}  admitted {admitted:.2f}")

@@ -14,10 +14,8 @@ The label of a prompt is its ground truth as text. To adapt: `truth_ids`, `score
 """
 
 import torch
-from extra_row import advantage_rows, negative_rows
+from extra_row import advantage_rows, core, negative_rows, which_core
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
-
-import adagrpo_core as core
 
 GATE = {"lam": 1.0, "ties": "min"}
 NEGATIVES = 1
@@ -34,6 +32,10 @@ def score(prompts, responses, labels):
 
 
 class AdaGRPOExperienceMaker(RemoteExperienceMaker):
+    def __init__(self, *positional, **keyword):
+        super().__init__(*positional, **keyword)
+        print(which_core())
+
     def make_experience_batch(self, rollout_samples):
         """Rollouts come one by one, groups side by side; the last of each group gives way to the ground truth."""
         n = self.args.rollout.n_samples_per_prompt

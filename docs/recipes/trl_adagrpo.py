@@ -11,10 +11,8 @@ carries its advantage with it, and the loss is a mean over rows.
 
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, negative_rows
+from extra_row import advantage_rows, core, negative_rows, which_core
 from trl import GRPOTrainer
-
-import adagrpo_core as core
 
 
 class AdaGRPOTrainer(GRPOTrainer):
@@ -30,6 +28,7 @@ class AdaGRPOTrainer(GRPOTrainer):
             raise ValueError(f"negatives: expected 1 to num_generations={args.num_generations}, got {negatives}")
         self.negatives, self.gate = negatives, gate or {}
         super().__init__(*positional, args=args, **keyword)
+        self.accelerator.print(which_core())
 
     def _positions(self, n):
         """Where this process's n rows stand in the whole batch."""

@@ -9,9 +9,7 @@ loss_agg_mode="sequence-mean-token-mean" (its default).
 """
 
 import jax.numpy as jnp
-from extra_row import advantage_rows
-
-import adagrpo_core as core
+from extra_row import advantage_rows, core
 
 
 def with_truth(example, truth_ids, *, k, pad_id):

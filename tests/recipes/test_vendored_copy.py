@@ -2,12 +2,14 @@
 """What docs/vendoring.md tells you to do, done: copy, rename, bring an array-api-compat of your own, run the tests."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import array_api_compat
+import pytest
 
 import adagrpo_core
 
@@ -51,3 +53,67 @@ assert adagrpo.group_advantages(np.asarray([[1.0, 2.0, 3.0]]), eps=0.0).tolist()
 assert "shop.array_api_compat" in sys.modules and "adagrpo_core" not in sys.modules
 """
     run(tmp_path, "-c", code)
+
+
+def refused(project, name, *, path=None):
+    """The one line by which on_copy.py refuses."""
+    environment = {**os.environ, "PYTHONPATH": str(path or project), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "recipes" / "on_copy.py"), name]
+    done = subprocess.run(command, env=environment, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "", done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name, says", [
+    ("shop/ext/adagrpo", "with dots"),
+    ("shop.exit.adagrpo", "shop.exit.adagrpo: not found; PYTHONPATH must be the folder that holds shop"),
+    ("market.adagrpo", "the folder that holds market"),
+    ("shop.ext", "is no copy of adagrpo_core"),
+    ("shop.ext.adagrpo.loss", "is no copy of adagrpo_core"),
+])
+def test_a_wrong_name_of_the_copy_is_refused_in_a_line(name, says, tmp_path):
+    vendor(tmp_path, hook=False)
+    assert says in refused(tmp_path, name)
+
+
+def test_a_wrong_path_is_refused_in_a_line_that_shows_it(tmp_path):
+    vendor(tmp_path, hook=False)
+    line = refused(tmp_path, "shop.ext.adagrpo", path=tmp_path / "shop")
+    assert line.endswith(f"and is {str(tmp_path / 'shop')!r}")
+
+
+@pytest.mark.parametrize("hook, says", [
+    ("from shop.no_such_place import array_namespace\n", "importing it fails: ModuleNotFoundError"),
+    ("from array_api_compat import array_namespace\n", "it does not import device, is_jax_array, is_torch_array"),
+    ("1 / 0\n", "importing it fails: ZeroDivisionError"),
+])
+def test_a_hook_that_would_not_be_used_is_refused_in_a_line(hook, says, tmp_path):
+    vendor(tmp_path, hook=False)
+    (tmp_path / "shop" / "ext" / "_array_api_compat_vendor.py").write_text(hook)
+    assert says in refused(tmp_path, "shop.ext.adagrpo")
+
+
+def test_a_hook_beside_a_copy_that_is_in_no_package_is_refused_in_a_line(tmp_path):
+    vendor(tmp_path, hook=True)
+    assert "is in no package" in refused(tmp_path, "adagrpo", path=tmp_path / "shop" / "ext")
+
+
+def test_the_recipes_use_the_copy_when_one_line_is_changed_and_say_so(tmp_path):
+    vendor(tmp_path, hook=True)
+    for name in ("extra_row.py", "numpy_loop.py", "torch_loop.py"):
+        shutil.copy(ROOT / "docs" / "recipes" / name, tmp_path)
+    recipe, line = tmp_path / "extra_row.py", "import adagrpo_core as core\n"
+    assert recipe.read_text().count(f"\n{line}") == 1
+    recipe.write_text(recipe.read_text().replace(f"\n{line}", "\nfrom shop.ext import adagrpo as core\n"))
+    (tmp_path / "adagrpo_core.py").write_text("raise ImportError('not this one')\n")
+    says = f"adagrpo core {adagrpo_core.__version__} from {tmp_path / 'shop' / 'ext' / 'adagrpo'}"
+    assert run(tmp_path, "extra_row.py").splitlines() == [says]
+    for name in ("numpy_loop.py", "torch_loop.py"):
+        assert run(tmp_path, name).splitlines()[0] == says
+
+
+def test_no_recipe_imports_the_core_but_the_one_that_says_where_it_is():
+    for recipe in (ROOT / "docs" / "recipes").glob("*.py"):
+        imports = re.findall(r"^(?:import|from) adagrpo_core.*", recipe.read_text(), flags=re.M)
+        assert imports == [] or recipe.name in ("extra_row.py", "verl_adagrpo.py"), recipe.name
