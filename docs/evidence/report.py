@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The page: tables, figures and verdicts, all computed from the units of work; nothing is concluded beforehand."""
+"""The pages: tables, figures and verdicts, all computed from the units of work; nothing is concluded beforehand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 from measure import DWELL, EFFECTIVE, VISIT
 
 NAMES = {"base": "Base (SFT only)", "nll": "NLL continued", "grpo": "GRPO", "grpo+nll": "GRPO+NLL",
-         "adagrpo-d": "AdaGRPO D", "adagrpo-r": "AdaGRPO R", "adagrpo": "AdaGRPO D&R", "random-gate": "random gate",
-         "oracle-gate": "oracle gate", "true-reward": "GRPO+NLL, true utility as reward"}
+         "adagrpo-d": "AdaGRPO D", "adagrpo-r": "AdaGRPO R", "adagrpo": "AdaGRPO D&R", "r-thinned": "R thinned",
+         "random-gate": "random gate", "random-at-r": "random at R's rate", "oracle-gate": "oracle gate",
+         "true-reward": "GRPO+NLL, true utility as reward"}
 RERANKED = "NLL continued, beams re-ranked by the ranker"
 CONTROLS = ("nll", "grpo+nll", "random-gate")
 RULES = {"equal": "equal lambda", "tuned": "lambda chosen on validation"}
@@ -60,6 +61,7 @@ class Results(NamedTuple):
     widths: dict
     code: str
     core_minutes: float
+    beside: Results | None  # the same on a second set of seeds, without the knob
 
     def units(self, rule, name):
         return self.base if name == "base" else self.arms[rule][name]
@@ -149,6 +151,9 @@ CLAIMS = [
     Claim("Control: AdaGRPO R, without D, beats NLL continued in HR@10", "",
           every(more("hr@10", "adagrpo-r", "nll"))),
     Claim("Control: AdaGRPO D&R beats R alone in HR@10", "", every(more("hr@10", "adagrpo", "adagrpo-r"))),
+    Claim("Control: AdaGRPO D&R beats R thinned to its coverage in HR@10", "",
+          every(more("hr@10", "adagrpo", "r-thinned"))),
+    Claim("Control: AdaGRPO R beats random at R's rate in HR@10", "", every(more("hr@10", "adagrpo-r", "random-at-r"))),
     Claim("Control: AdaGRPO D&R has more than .6 of the oracle gate's gain over NLL, itself above 0", "",
           every(more("hr@10", "oracle-gate", "nll"), more("hr@10", "adagrpo", "oracle-gate", share=0.6, over="nll"))),
     Claim("Headroom: the true utility as reward beats NLL continued in HR@10", "",
@@ -172,6 +177,34 @@ def judged(results, claim):
     rules = ("any",) if claim.any_dose else results.rules
     intervals = {rule: claim.differences(results, rule) for rule in rules}
     return verdict({rule: seen(found) for rule, found in intervals.items()}), intervals
+
+
+def said(interval, above, unclear, below):
+    """The words for a difference whose interval lies above 0, holds 0 or cannot say, or lies below 0."""
+    return {"yes": above, "no": unclear, "opposite": below}[seen([interval])]
+
+
+def worth_of_d(results, rule):
+    """What is D worth? Every word that could be otherwise is chosen by `said`."""
+    both, choice, rate, of_r = (
+        more("hr@10", name, other)(results, rule)
+        for name, other in (("adagrpo", "adagrpo-r"), ("adagrpo", "r-thinned"), ("r-thinned", "adagrpo-r"),
+                            ("adagrpo-r", "random-at-r")))
+    chance = "chooses better than chance", "cannot be told from chance", "chooses worse than chance"
+    nothing = f"nothing that {len(results.seeds)} seeds can show"
+    return (f"**What is D worth, at {RULES[rule]}?** Beside R alone {said(both, 'a gain', nothing, 'a loss')}: "
+            f"D&R − R is {signed(both)} points of HR@10. D {said(choice, *chance)} among what R admits: D&R − "
+            f"R thinned is {signed(choice)}. To admit fewer {said(rate, 'gains', f'costs {nothing}', 'costs')}: "
+            f"R thinned − R is {signed(rate)}. R {said(of_r, *chance)}: R − random at R's rate is {signed(of_r)}.")
+
+
+def agreement(results):
+    """Which verdicts a second set of seeds gives too, and which not."""
+    other = {claim.text: judged(results.beside, claim)[0] for claim in CLAIMS}
+    apart = [claim.text for claim in CLAIMS if judged(results, claim)[0] != other[claim.text]]
+    text = (f"Of these {len(CLAIMS)} verdicts seeds {', '.join(map(str, results.beside.seeds))} give "
+            f"{len(CLAIMS) - len(apart)} too.")
+    return text + "".join(f" {'Not' if i == 0 else 'Nor'}: {claim} ({other[claim]})." for i, claim in enumerate(apart))
 
 
 # == Quantities of several seeds that more than one place needs =======================================================
@@ -319,6 +352,19 @@ def table_ab(results, rule):
     return markdown(rows)
 
 
+def table_coverage(results, rule):
+    """HR@10 over coverage: of R, of D&R, and of as many at random."""
+    rows = [["method", "lambda", "admitted %", "HR@10", "− NLL continued", "− as many at random"]]
+    for name, chance in {"adagrpo": "random-gate", "r-thinned": "random-gate", "random-gate": "",
+                         "adagrpo-r": "random-at-r", "random-at-r": "", "adagrpo-d": "", "grpo+nll": ""}.items():
+        rows.append([NAMES[name], f"{results.doses[rule][name].lam:g}",
+                     number(mean([unit["admitted"] for unit in results.units(rule, name)]), 100, 1),
+                     number(mean(results.values(rule, name, "hr@10")), 100),
+                     signed(more("hr@10", name, "nll")(results, rule)),
+                     signed(more("hr@10", name, chance)(results, rule)) if chance else ""])
+    return markdown(rows)
+
+
 def table_doses(results):
     rows = [["method", *(RULES[rule] for rule in results.rules)]]
     for name, title in NAMES.items():
@@ -410,6 +456,24 @@ def figure_knob(results, path):
     figure.savefig(path, dpi=110)
 
 
+def figure_coverage(results, rule, path):
+    """Gain in HR@10 over NLL continued, along how many are admitted: chosen by whom?"""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    chosen = {"at random (0: NLL continued; 100: GRPO+NLL)": ("nll", "random-gate", "random-at-r", "grpo+nll"),
+              "R, thinned and whole": ("r-thinned", "adagrpo-r"), "D": ("adagrpo-d",), "D&R": ("adagrpo",)}
+    for (title, names), colour in zip(chosen.items(), ("C3", "C5", "C2", "C0"), strict=True):
+        x = [100 * mean([unit["admitted"] for unit in results.units(rule, name)]) for name in names]
+        points = [more("hr@10", name, "nll")(results, rule) for name in names]
+        reach = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+        axes.errorbar(x, [p.mean for p in points], reach, label=title, color=colour, capsize=3, marker="o", ms=4)
+    axes.axhline(0, color="0.7", lw=0.8)
+    axes.set(title=f"gain in HR@10 over NLL continued, points ({RULES[rule]})", xlabel="admitted (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def table_knob(results, rule):
     gains = knob_gains(results, rule)
     rows = [["bait", *(f"{bait:g}" for bait in results.knob[rule])]]
@@ -447,12 +511,17 @@ def commit(root):
 
 
 def write_page(results, path, command, root):
+    """The page at `path`, its long tables beside it (results.md, results-tables.md), and the figures of both."""
     figures = path.parent / "evidence"
     figures.mkdir(parents=True, exist_ok=True)
     figure_dynamics(results, figures / "dynamics.png")
+    figure_coverage(results, results.rules[-1], figures / "coverage.png")
     if results.knob:
         figure_knob(results, figures / "knob.png")
-    path.write_text(placed("\n\n".join(page(results, command, root)) + "\n", path), encoding="utf-8")
+    tables = path.with_name(f"{path.stem}-tables.md")
+    for file, paragraphs in ((path, page(results, command, root, tables.name)),
+                             (tables, tables_page(results, command, root, path.name))):
+        file.write_text(placed("\n\n".join(paragraphs) + "\n", file), encoding="utf-8")
 
 
 def placed(text, path):
@@ -463,39 +532,77 @@ def placed(text, path):
     return before + start + text + end + after if start and end else text
 
 
-def page(results, command, root):
-    """The paragraphs of docs/results.md."""
+def provenance(results, command, root):
+    """Where the numbers of a page are from."""
     cfg, seeds = results.cfg, results.seeds
     overlap = sorted(set(seeds) & set(results.tuned_on))
+    return markdown([["", ""],
+                     ["command", f"`{command}`"],
+                     ["seeds", f"{', '.join(map(str, seeds))}"
+                      + (f"; of these {', '.join(map(str, overlap))} also chose the doses" if overlap else "")],
+                     ["settings", f"{cfg.rl_steps} steps of {cfg.batch_size} prompts, "
+                      f"K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, rho={cfg.rho:g}, bait={cfg.bait:g}, "
+                      f"{cfg.rl_prompts or 'all'} labelled prompts"],
+                     ["test", f"{cfg.eval_prompts} prompts a seed, the same for all methods, beams of width "
+                      f"{cfg.beam_width}"],
+                     ["machine", machine()], ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],
+                     ["run time", f"{results.core_minutes:.0f} core minutes, "
+                      f"{results.core_minutes / len(seeds):.1f} a seed"]], text=2)
+
+
+INTERVALS = ("Intervals in brackets are 95 % t-intervals over seeds of paired differences (same shop, same prompts); "
+             "bold where 0 lies outside. HR, NDCG and hallucination are in percent, their differences in points. "
+             "Definitions: [metrics.md](metrics.md). *True utility* is the mean over the first 10 valid beams. "
+             "No correction is made for the number of comparisons.")
+
+
+def page(results, command, root, tables):
+    """The paragraphs of docs/results.md about the toy: verdicts, what D is worth, and along the knob."""
     yield "## The toy shop"
     yield ("*Written by `docs/evidence/run.py`; edit that instead.* Does it matter when a policy trusts its reward? "
            "Every table and figure of the paper, on a made-up shop whose truth is known ([toy.md](toy.md)), beside "
-           "controls that could refute it: supervision alone, continued; a gate of equal coverage that admits at "
+           "controls that could refute it: supervision alone, continued; gates of equal coverage that admit at "
            "random; a random ranker; and, as ceilings, a gate that knows where the log misleads, and the true utility "
-           "as a reward.")
-    yield markdown([["", ""],
-                    ["command", f"`{command}`"],
-                    ["seeds", f"{', '.join(map(str, seeds))}"
-                     + (f"; of these {', '.join(map(str, overlap))} also chose the doses" if overlap else "")],
-                    ["settings", f"{cfg.rl_steps} steps of {cfg.batch_size} prompts, "
-                     f"K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, rho={cfg.rho:g}, bait={cfg.bait:g}, "
-                     f"{cfg.rl_prompts or 'all'} labelled prompts"],
-                    ["test", f"{cfg.eval_prompts} prompts a seed, the same for all methods, beams of width "
-                     f"{cfg.beam_width}"],
-                    ["machine", machine()], ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],
-                    ["run time", f"{results.core_minutes:.0f} core minutes, "
-                     f"{results.core_minutes / len(seeds):.1f} a seed"]], text=2)
-    yield ("Intervals in brackets are 95 % t-intervals over seeds of paired differences (same shop, same prompts); "
-           "bold where 0 lies outside. HR, NDCG and hallucination are in percent, their differences in points. "
-           "Definitions: [metrics.md](metrics.md). *True utility* is the mean over the first 10 valid beams. "
-           "No correction is made for the number of comparisons.")
+           f"as a reward. All tables: [{tables}]({tables}).")
+    yield provenance(results, command, root)
+    yield INTERVALS
     yield "### Verdicts"
     yield ("The rule is code (`verdict` in `docs/evidence/arithmetic.py`): a finding is *seen* under a dose rule if "
            "all of its differences, turned so that the claim says \"above 0\", have intervals above 0. *Confirmed*: "
            "seen under every dose rule. *Only at ...*: under that one alone. *The opposite*: an interval below 0. All "
            "at the final checkpoint unless said otherwise.")
     yield table_verdicts(results)
-    yield "### Doses"
+    if results.beside:
+        yield agreement(results)
+    yield "### What is D worth?"
+    yield ("*R thinned* admits some of those that R admits, chosen at random, as many in each batch as D&R admits "
+           "there: beside it, D&R shows what D chooses, at the same dose. *Random at R's rate* admits as many in each "
+           "batch as R does, whoever they are: beside it, R shows what R chooses.")
+    for rule in results.rules:
+        yield worth_of_d(results, rule)
+    yield f"Along coverage, {RULES[results.rules[-1]]}:"
+    yield table_coverage(results, results.rules[-1])
+    yield "![gain in HR@10 over NLL continued, along how many are admitted](evidence/coverage.png)"
+    if results.knob:
+        yield "### How unevenly can the ranker be trusted?"
+        yield (f"`bait` turns clicks away from utility in half of the contexts. Seeds "
+               f"{', '.join(map(str, results.knob_seeds))}. The oracle gate admits the contexts without bait (at 0, "
+               "everyone). Whiskers: 95 %."
+               + (f" Doses were chosen at bait {', '.join(f'{bait:g}' for bait in results.knob_tuned)}; elsewhere "
+                  f"those of {results.cfg.bait:g} serve." if "tuned" in results.knob else ""))
+        yield "![gain of AdaGRPO over its controls along bait](evidence/knob.png)"
+
+
+def tables_page(results, command, root, page):
+    """The paragraphs of docs/results-tables.md."""
+    yield "# The toy shop: all tables"
+    yield f"*Written by `docs/evidence/run.py`; edit that instead.* What they say: [{page}]({page}#the-toy-shop)."
+    yield provenance(results, command, root)
+    yield INTERVALS
+    if results.beside:
+        yield f"## Verdicts on seeds {', '.join(map(str, results.beside.seeds))}"
+        yield table_verdicts(results.beside)
+    yield "## Doses"
     if "tuned" in results.rules:
         yield ("The paper compares at equal lambda. But an equal weight is not an equal dose: a gate that admits a "
                f"tenth applies a tenth. So beside it every method gets the dose with the highest HR@10 on validation, "
@@ -504,7 +611,7 @@ def page(results, command, root):
     else:
         yield "Doses were not chosen on validation: `--tune` has not been run. Only equal lambda is reported."
     yield table_doses(results)
-    yield "### Tables 1 to 3: what the ranker does to the truth's rank"
+    yield "## Tables 1 to 3: what the ranker does to the truth's rank"
     yield ("Beams of the base policy; the truth is inserted in both pools, as in eq. 6 and 8. Influence is LLM rank − "
            "RM rank. *Random* gives every item a random score: choosing instances by both ranks forces an "
            "influence by itself, and its rows say how much. *Correlation* is Spearman's, of reward and true utility, "
@@ -513,23 +620,23 @@ def page(results, command, root):
         yield f"**W = {width}**, {n} prompts a seed"
         yield table_influence(results, width)
     for rule in results.rules:
-        yield f"### Table 4, {RULES[rule]}: final checkpoint"
+        yield f"## Table 4, {RULES[rule]}: final checkpoint"
         yield table_main(results, rule, "final")
         yield "Differences:"
         yield table_differences(results, rule, "final")
         yield "By context:"
         yield table_contexts(results, rule)
-        yield f"### Table 4, {RULES[rule]}: best checkpoint"
+        yield f"## Table 4, {RULES[rule]}: best checkpoint"
         steps = [str(point["step"]) for point in results.arms[rule]["nll"][0]["curve"]]
         yield (f"Of the steps {', '.join(steps)}, the one with the highest HR@10 on validation, for each method and "
                "seed.")
         yield table_main(results, rule, "best")
         yield table_differences(results, rule, "best", ("hr@10", "hallucination"))
-        yield f"### Table 5, {RULES[rule]}"
+        yield f"## Table 5, {RULES[rule]}"
         yield ("Five bins of equally many prompts, by the rank that the base policy gives the truth among its beams; "
                "beyond the beams, by the likelihood that it gives the truth.")
         yield table_bins(results, rule)
-        yield f"### Table 6, {RULES[rule]}: a simulated A/B test"
+        yield f"## Table 6, {RULES[rule]}: a simulated A/B test"
         yield ("In every world users are split at random, and both arms serve in the same period: on each visit of the "
                "test period the first 10 valid beams are shown. A reader clicks with probability sigmoid(true utility "
                f"− {results.world.click_at:g}), the click model of the log without its bait, and stays {DWELL:g} · "
@@ -538,17 +645,11 @@ def page(results, command, root):
                "shown does not change a user's life. Relative lifts in percent; 95 % normal intervals from the "
                "variance over users, pooled over worlds.")
         yield table_ab(results, rule)
-    yield "### Figure 3: training dynamics"
+    yield "## Figure 3: training dynamics"
     yield "On validation prompts: mean over seeds, and a 95 % band of the change since the base policy."
     yield "![HR@10, hallucination, click reward and admission over steps, per method](evidence/dynamics.png)"
     if results.knob:
-        yield "### How unevenly can the ranker be trusted?"
-        yield (f"`bait` turns clicks away from utility in half of the contexts. Seeds "
-               f"{', '.join(map(str, results.knob_seeds))}. The oracle gate admits the contexts without bait (at 0, "
-               "everyone). Whiskers: 95 %."
-               + (f" Doses were chosen at bait {', '.join(f'{bait:g}' for bait in results.knob_tuned)}; elsewhere "
-                  f"those of {cfg.bait:g} serve." if "tuned" in results.knob else ""))
-        yield "![gain of AdaGRPO over its controls along bait](evidence/knob.png)"
+        yield "## How unevenly can the ranker be trusted?"
         for rule in results.knob:
-            yield f"HR@10, points, {RULES[rule]}:"
+            yield f"HR@10, points, {RULES[rule]}, seeds {', '.join(map(str, results.knob_seeds))}:"
             yield table_knob(results, rule)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The evidence: every method and control on the toy, seed by seed, and the page that reports them.
+"""The evidence: every method and control on the toy, seed by seed, and the pages that report them.
 
     python docs/evidence/run.py --tune --seeds 0,1 --baits 1      # once: doses -> docs/evidence/dose.json
     python docs/evidence/run.py --tune --seeds 0,1 --baits 1 --arms r-thinned   # of this arm; the others' doses stay
-    python docs/evidence/run.py --seeds 100-109 --jobs 2          # everything -> docs/results.md and its figures
+    python docs/evidence/run.py --seeds 100-109 --jobs 2          # docs/results.md, results-tables.md, figures
     python docs/evidence/run.py --seeds 0,1 --size small --out X  # a toy of the toy, in a minute: X/results.md
 
 Needs the extras nano and evidence. What was interrupted goes on where it stopped: the unit of work is one arm on one
@@ -268,9 +268,11 @@ def parse(argv):
     parser = argparse.ArgumentParser("run.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--seeds", type=seed_list, help="such as 100-109 or 0,3 (with --tune: default 0-2)")
+    add("--beside", type=seed_list, default=[], help="a second set of seeds: do the verdicts agree?")
     add("--jobs", type=int, default=1, help="seeds at a time, each on one core; 0: all in this process")
     add("--out", type=Path, help="folder of the finished units (default runs/evidence)")
-    add("--page", type=Path, help="the report (default docs/results.md; OUT/results.md with --size small)")
+    add("--page", type=Path, help="the report, its tables beside it (default docs/results.md and "
+                                  "docs/results-tables.md; OUT/results.md with --size small)")
     add("--size", choices=SIZES, default="default", help="small: a toy of the toy, to try the driver")
     add("--knob-seeds", type=seed_list, help="seeds of the bait figure (default: the first five; '' for none)")
     add("--knob-rule", choices=("equal", "tuned", "both"), default="tuned", help="its dose rule")
@@ -285,6 +287,8 @@ def parse(argv):
     args.page = args.page or (ROOT / "docs/results.md" if args.size == "default" else args.out / "results.md")
     if not (args.seeds or args.tune):
         raise UserError("--seeds: say which, such as 100-109")
+    if set(args.seeds or ()) & set(args.beside):
+        raise UserError("--beside: names seeds of --seeds; a second set shares none")
     if args.baits and not set(args.baits) <= set(BAITS):
         raise UserError(f"--baits {args.baits}: choose among {BAITS}")
     if not set(args.arms) <= set(ARMS) or (args.arms and not args.tune):
@@ -306,25 +310,31 @@ def run(args):
     rules = ("equal", "tuned") if doses else ("equal",)
     knob_rules = [rule for rule in rules if args.knob_rule in (rule, "both")] or ["equal"]
     knob_seeds = args.seeds[:5] if args.knob_seeds is None else [seed for seed in args.knob_seeds if seed in args.seeds]
-    work = plan(cfg, doses, rules, knob_rules, args.seeds, knob_seeds)
+    work = plan(cfg, doses, rules, knob_rules, args.seeds + args.beside, knob_seeds)
     work_through(args.size, args.out, work, args.jobs)
 
-    def units(name, rule=None, bait=cfg.bait, seeds=args.seeds):
-        """The units of one row, a list over seeds."""
-        label = name if name == "base" else dose(cfg, doses, rule, name, bait).label
-        return [load(args.out, seed, label) for seed in seeds]
+    def results_of(seeds, knob_seeds, beside=None):
+        """What the report is given about one set of seeds."""
 
-    results = report.Results(
-        cfg=cfg, world=world, seeds=args.seeds, tuned_on=page["seeds"], rules=rules, base=units("base"),
-        arms={rule: {name: units(name, rule) for name in ARMS} for rule in rules},
-        doses={rule: {name: dose(cfg, doses, rule, name, cfg.bait) for name in ARMS} for rule in rules},
-        knob_seeds=knob_seeds, knob_tuned=[bait for bait in BAITS if f"{bait:g}" in doses],
-        knob={rule: {bait: {name: units(name, rule, bait, knob_seeds) for name in (*KNOB_ARMS, "nll")}
-                     for bait in BAITS} for rule in (knob_rules if knob_seeds else ())},
-        widths=widths, code=made["code"],
-        core_minutes=sum(json.loads(path.read_text(encoding="utf-8"))["core_seconds"] for seed in args.seeds
-                         for path in (args.out / f"seed-{seed}").glob("*.json")) / 60)
+        def units(name, rule=None, bait=cfg.bait, seeds=seeds):
+            """The units of one row, a list over seeds."""
+            label = name if name == "base" else dose(cfg, doses, rule, name, bait).label
+            return [load(args.out, seed, label) for seed in seeds]
+
+        return report.Results(
+            cfg=cfg, world=world, seeds=seeds, tuned_on=page["seeds"], rules=rules, base=units("base"),
+            arms={rule: {name: units(name, rule) for name in ARMS} for rule in rules},
+            doses={rule: {name: dose(cfg, doses, rule, name, cfg.bait) for name in ARMS} for rule in rules},
+            knob_seeds=knob_seeds, knob_tuned=[bait for bait in BAITS if f"{bait:g}" in doses],
+            knob={rule: {bait: {name: units(name, rule, bait, knob_seeds) for name in (*KNOB_ARMS, "nll")}
+                         for bait in BAITS} for rule in (knob_rules if knob_seeds else ())},
+            widths=widths, code=made["code"], beside=beside,
+            core_minutes=sum(json.loads(path.read_text(encoding="utf-8"))["core_seconds"] for seed in seeds
+                             for path in (args.out / f"seed-{seed}").glob("*.json")) / 60)
+
+    results = results_of(args.seeds, knob_seeds, results_of(args.beside, []) if args.beside else None)
     command = f"python docs/evidence/run.py --seeds {seeds_text(args.seeds)}"
+    command += f" --beside {seeds_text(args.beside)}" if args.beside else ""
     command += f" --size {args.size}" if args.size != "default" else ""
     command += f" --knob-seeds {seeds_text(knob_seeds)}" if knob_seeds != args.seeds[:5] else ""
     command += f" --knob-rule {args.knob_rule}" if args.knob_rule != "tuned" else ""

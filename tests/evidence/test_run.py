@@ -3,6 +3,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import measure
 import numpy as np
@@ -76,7 +77,7 @@ def finished(tmp_path_factory):
             run.main(["--seeds", "0,1", "--knob-seeds", "1", *common])
         before = {path: path.stat().st_mtime_ns for path in folder.glob("seed-*/*.json")}
         patch.setattr(measure, "run_arm", whole)
-        results = run.main(["--seeds", "0,1", "--knob-seeds", "1", *common])
+        results = run.main(["--seeds", "0,1", "--beside", "2", "--knob-seeds", "1", *common])
     return folder, before, results
 
 
@@ -90,6 +91,7 @@ def test_finished_units_are_not_computed_again(finished):
 def test_doses_are_the_best_of_those_tried(finished):
     page = json.loads((finished[0] / "dose.json").read_text())
     assert page["seeds"] == [2]
+    assert page["doses"]["1"].keys() == page["code"]["1"].keys() == ARMS.keys()
     for name, chosen in page["doses"]["1"].items():
         tried = page["validation HR@10 %"]["1"][name]
         (key, value), = chosen.items()
@@ -97,27 +99,91 @@ def test_doses_are_the_best_of_those_tried(finished):
         assert key == ("lr" if name in ("nll", "grpo") else "lam")
 
 
-def test_the_page_holds_every_table_and_figure(finished):
+def pages(folder):
+    return [(folder / name).read_text() for name in ("results.md", "results-tables.md")]
+
+
+def test_the_pages_hold_every_table_and_figure(finished):
     folder, _, _ = finished
-    text = (folder / "results.md").read_text()
-    headings = re.findall(r"^### (.*)$", text, re.M)
+    page, tables = pages(folder)
+    assert re.findall(r"^### (.*)$", page, re.M) == ["Verdicts", "What is D worth?",
+                                                     "How unevenly can the ranker be trusted?"]
+    headings = re.findall(r"^## (.*)$", tables, re.M)
     for rule in report.RULES.values():
         for table in ("Table 4, {}: final checkpoint", "Table 4, {}: best checkpoint", "Table 5, {}",
                       "Table 6, {}: a simulated A/B test"):
             assert table.format(rule) in headings
-    assert {"Verdicts", "Doses", "Tables 1 to 3: what the ranker does to the truth's rank",
+        assert f"**What is D worth, at {rule}?** " in page
+    assert {"Verdicts on seeds 2", "Doses", "Tables 1 to 3: what the ranker does to the truth's rank",
             "Figure 3: training dynamics", "How unevenly can the ranker be trusted?"} <= set(headings)
     for name in report.NAMES.values():  # in four versions of Table 4, their differences, contexts, bins
-        assert len(re.findall(rf"^\| {re.escape(name)} ", text, re.M)) >= 12, name
-    assert text.count(report.RERANKED) == 4  # under either rule: Table 4, and by context
+        assert len(re.findall(rf"^\| {re.escape(name)} ", tables, re.M)) >= 12, name
+    assert tables.count(report.RERANKED) == 4  # under either rule: Table 4, and by context
     for claim in report.CLAIMS:
-        assert f"| {claim.text} " in text
-    assert "**W = 50**" in text and "**W = 128**" in text and "`python docs/evidence/run.py --seeds 0-1" in text
-    for figure in re.findall(r"\]\((evidence/.*?png)\)", text):
+        assert f"| {claim.text} " in page and f"| {claim.text} " in tables
+    assert "**W = 50**" in tables and "**W = 128**" in tables and "[results-tables.md](results-tables.md)" in page
+    assert re.search(rf"Of these {len(report.CLAIMS)} verdicts seeds 2 give \d+ too\.", page)
+    figures = re.findall(r"\]\((evidence/.*?png)\)", page + tables)
+    assert sorted(figures) == ["evidence/coverage.png", "evidence/dynamics.png", "evidence/knob.png"]
+    for figure in figures:
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
-    assert str(folder) not in text and "nan" not in text.lower().replace("nanoadagrpo", "")
-    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):  # rows of a table have as many cells as its head
-        assert len({line.count(" | ") for line in block.splitlines()}) == 1
+    for text in (page, tables):
+        assert "`python docs/evidence/run.py --seeds 0-1 --beside 2 --size small" in text
+        assert str(folder) not in text and "nan" not in text.lower().replace("nanoadagrpo", "")
+        for block in re.findall(r"(?:^\|.*\n)+", text, re.M):  # rows of a table have as many cells as its head
+            assert len({line.count(" | ") for line in block.splitlines()}) == 1
+
+
+def test_a_page_with_a_place_for_the_toy_keeps_the_rest(tmp_path):
+    page = tmp_path / "results.md"
+    start, end = "<!-- toy: this part is written by docs/evidence/run.py -->\n", "<!-- /toy -->"
+    page.write_text(f"before\n{start}old\n{end}\nafter\n")
+    assert report.placed("new\n", page) == f"before\n{start}new\n{end}\nafter\n"
+    assert report.placed("new\n", tmp_path / "absent.md") == "new\n"
+
+
+UP, UNCLEAR, DOWN = np.array([0.9, 1.0, 1.1]), np.array([-1.0, 0.0, 1.0]), np.array([-0.9, -1.0, -1.1])
+
+
+@pytest.mark.parametrize("both, choice, of_r, words", [
+    (DOWN, UP, UNCLEAR, ["a loss: D&R − R is **-1.00", "D chooses better than chance",
+                         "fewer costs: R thinned − R is **-2", "R cannot be told from chance"]),
+    (UP, DOWN, UP, ["a gain: D&R − R is **+1.00", "D chooses worse than chance",
+                    "fewer gains: R thinned − R is **+2", "R chooses better than chance"]),
+    (UNCLEAR, UNCLEAR, DOWN, ["Beside R alone nothing that 3 seeds can show: D&R − R is +0.00 [", "D cannot be told",
+                              "fewer costs nothing that 3 seeds can show", "R chooses worse than chance"]),
+])
+def test_what_d_is_worth_is_worded_by_the_intervals(both, choice, of_r, words):
+    """Differences in points on three seeds, whose levels differ: D&R − R, D&R − R thinned, R − random at R's rate."""
+    r = np.array([40.0, 45.0, 60.0])
+    hits = {"adagrpo-r": r, "adagrpo": r + both, "r-thinned": r + both - choice, "random-at-r": r - of_r}
+    results = SimpleNamespace(seeds=[1, 2, 3], values=lambda rule, name, key, checkpoint: hits[name] / 100)
+    text = report.worth_of_d(results, "tuned")
+    assert text.startswith("**What is D worth, at lambda chosen on validation?** ")
+    for part in words:
+        assert part in text, text
+
+
+def test_which_verdicts_a_second_set_of_seeds_shares(monkeypatch):
+    claims = [report.Claim(text, "", None) for text in ("A beats B", "B beats C", "C beats D")]
+    monkeypatch.setattr(report, "CLAIMS", claims)
+    words = {"first": ["confirmed", "not seen", "confirmed"], "second": ["confirmed", "confirmed", "not seen"]}
+    monkeypatch.setattr(report, "judged", lambda results, claim: (words[results.name][claims.index(claim)], {}))
+    second = SimpleNamespace(name="second", seeds=[7, 8])
+    assert report.agreement(SimpleNamespace(name="first", beside=second)) == (
+        "Of these 3 verdicts seeds 7, 8 give 1 too. Not: B beats C (confirmed). Nor: C beats D (not seen).")
+
+
+def test_the_table_of_coverage_says_who_is_admitted_and_what_it_gains(finished):
+    """Two seeds, three arms that matter: admitted .25 and .27, HR@10 50 and 54; NLL 48 and 52; at random 49 and 52."""
+    numbers = {"adagrpo-r": ([0.25, 0.27], [0.50, 0.54]), "nll": ([0, 0], [0.48, 0.52]),
+               "random-at-r": ([0.2, 0.3], [0.49, 0.52])}
+    arms = {name: [{"admitted": admitted, "final": {"hr@10": hit}} for admitted, hit in zip(*pairs, strict=True)]
+            for name, pairs in (dict.fromkeys(ARMS, ([0.1, 0.1], [0.4, 0.4])) | numbers).items()}
+    table = report.table_coverage(finished[2]._replace(arms={"equal": arms}), "equal")
+    cells = [cell.strip(" *") for cell in next(x for x in table.splitlines() if "AdaGRPO R " in x).split("|")]
+    assert cells[2:5] == [f"{SETTINGS.lam:g}", "26.0", "52.00"]
+    assert cells[5] == "+2.00 [+2.00, +2.00]" and cells[6].startswith("+1.50 [")
 
 
 def test_cells_are_what_the_units_say(finished):
@@ -149,7 +215,8 @@ def test_another_process_gives_the_same_numbers(finished, monkeypatch):
     after = json.loads(gone.read_text())
     assert {**after, "core_seconds": 0} == {**before, "core_seconds": 0}
     assert all(path.stat().st_mtime_ns == then for path, then in others.items())
-    assert "`--tune` has not been run" in (folder / "again.md").read_text()
+    assert "`--tune` has not been run" in (folder / "again-tables.md").read_text()
+    assert "at equal lambda?**" in (folder / "again.md").read_text()
 
 
 @pytest.mark.parametrize("change, words", [
@@ -177,7 +244,45 @@ def test_the_doses_of_this_folder_were_chosen_for_todays_settings():
     assert run.read_doses(run.HERE / "dose.json", run.fingerprint("default"))["doses"]["1"].keys() == ARMS.keys()
 
 
-@pytest.mark.parametrize("words", [[], ["--seeds", "0", "--baits", "0.3"]])
+def test_an_arm_is_tuned_alone_and_the_other_doses_stay(tmp_path, monkeypatch, capsys):
+    """The file says by which code each dose was chosen; an arm that has none is asked for before anything is run."""
+    monkeypatch.setattr(run, "LAMBDAS", (1.0, 5.0))
+    monkeypatch.setattr(run, "RATES", (0.5, 1.0))
+    asked = []
+
+    def work_through(size, out, work, jobs, base):
+        for seed, arms in work.items():
+            for arm in arms:
+                asked.append((seed, arm.name))
+                run.write(run.unit_file(out, seed, arm.label), json.dumps({"valid": {"hr@10": arm.lam / 100}}))
+
+    monkeypatch.setattr(run, "work_through", work_through)
+    made = run.fingerprint("small")
+    others = [name for name in ARMS if name != "r-thinned"]
+    old = {"seeds": [0, 1], "doses": {"1": {name: {"lam": 3.0} for name in others}},
+           run.VALIDATION: {"1": {name: {"3": 40.0} for name in others}},
+           "code": {"1": dict.fromkeys(others, "earlier")}, "settings": made["settings"], "world": made["world"]}
+    (tmp_path / "dose.json").write_text(json.dumps(old))
+    common = ["--size", "small", "--out", str(tmp_path)]
+    refused = [(["--seeds", "4"], "no dose of r-thinned; run --tune --arms r-thinned"),
+               (["--tune", "--seeds", "0", "--arms", "r-thinned"], "were chosen on seeds 0-1; name these")]
+    for words, message in refused:
+        with pytest.raises(SystemExit):
+            run.main([*words, *common])
+        assert message in capsys.readouterr().err and not asked
+    run.main(["--tune", "--seeds", "0,1", "--baits", "1", "--arms", "r-thinned,adagrpo", *common])
+    assert sorted(set(asked)) == [(seed, name) for seed in (0, 1) for name in ("adagrpo", "r-thinned")]
+    assert "adagrpo, bait 1: lam 5, before 3\n" in capsys.readouterr().out
+    page = json.loads((tmp_path / "dose.json").read_text())
+    tuned = {name: {"lam": 5.0} for name in ("r-thinned", "adagrpo")}
+    assert page["doses"] == {"1": old["doses"]["1"] | tuned}
+    assert page[run.VALIDATION]["1"] == old[run.VALIDATION]["1"] | {name: {"1": 1.0, "5": 5.0} for name in tuned}
+    assert page["code"]["1"] == old["code"]["1"] | dict.fromkeys(tuned, made["code"][:12])
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--seeds", "0", "--baits", "0.3"], ["--seeds", "0", "--beside", "0-2"], ["--seeds", "0", "--arms", "adagrpo"],
+    ["--tune", "--arms", "adagrpoo"]])
 def test_bad_input_is_refused_in_one_line(words, capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(words)
