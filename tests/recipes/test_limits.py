@@ -98,3 +98,20 @@ def test_dropping_the_rows_that_are_not_admitted_rescales_the_loss():
     assert len(kept) < len(advantages)
     found = in_stack(case, lambda *given: stack(*(x[kept] for x in given)), case.start)
     assert relative("zero advantages dropped", found, expected) > 0.2
+
+
+def test_the_logged_loss_is_minus_one_at_ratio_one_and_elsewhere_it_is_not():
+    case, ragged = make(), make(ragged=True)
+
+    def logged(case, W=None, **settings):
+        given = case.logp(case.start if W is None else W), case.logp(case.start), case.rows()[0], case.flat_mask()
+        return stack(*given, **settings), given
+
+    whole, given = logged(case)
+    assert whole.item() == pytest.approx(-1)
+    assert logged(ragged)[0].item() == pytest.approx(-1)
+    parts = [stack(*(x[first::2] for x in given)).item() for first in (0, 1)]  # groups are split
+    assert sum(parts) / 2 == pytest.approx(-1) and abs(parts[0] + 1) > 0.1
+    for other in (logged(case, moved(case)), logged(ragged, token_mean=True),
+                  logged(case, beta=0.1, ref=case.logp(moved(case)))):  # fmt: skip
+        assert abs(other[0].item() + 1) > 0.01

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """docs/vendoring.md keeps its word: its code runs, its tables are measured, its recipes are short."""
 
-import os
+import contextlib
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from check_peers import PEERS
 
 import adagrpo_core as core
+import nanoadagrpo as nano
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "vendoring.md").read_text()
@@ -81,8 +82,88 @@ def test_every_recipe_is_named_on_the_page_and_short():
         assert (ROOT / "docs" / name).exists(), name
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE, flags=re.S))
-def test_the_code_on_the_page_runs(block):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", block], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+# -- the code on the page --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=range(3))
+def page(request):
+    """The names that the blocks leave behind, played one after the other."""
+    torch.manual_seed(request.param)
+    names = {"printed": io.StringIO()}
+    with contextlib.redirect_stdout(names["printed"]):
+        for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S):
+            before = dict(names)
+            exec(compile(block, "page", "exec"), names)
+            names.setdefault("after", {})[len(names.get("after", {}))] = dict(names) | {"before": before}
+    return names
+
+
+def test_the_first_block_trains_and_its_ratio_is_one(page):
+    first = page["after"][0]
+    assert page["printed"].getvalue().startswith("ratio 1.00000  NLL ")
+    assert first["policy"].grad.abs().max() > 0 and first["ratio"].item() == pytest.approx(1, abs=1e-5)
+    assert first["out"].loss.shape == (4,) and first["rewards"].dtype == torch.float32
+
+
+def test_its_negatives_are_other_prompts_rollouts_under_this_prompt_and_not_rewards_of_rows(page):
+    first = page["after"][0]
+    K, rows = first["K"], first["rows"]
+    for b, each in enumerate(rows.tolist()):
+        for m, row in enumerate(each):
+            assert row // K != b
+            under = first["score"](torch.tensor([b]), first["rollouts"][row][None])
+            assert first["negative_rewards"][b, m] == under[0]
+    assert (first["rewards"][rows] != first["negative_rewards"]).any()
+
+
+def test_rollouts_of_the_same_user_are_no_negatives(page):
+    second = page["after"][1]
+    users = second["user"].repeat_interleave(second["K"])[second["rows"]]
+    assert (users != second["user"][:, None]).all()
+
+
+def test_what_the_core_returns_is_what_the_script_logs(page):
+    last = page["after"][2]
+    K, rollouts, cfg = last["K"], last["rollouts"], nano.Settings(toy=True, device="cpu", rho=0.3)
+    out, logged = last["out"], last["logged"]
+    says = nano.diagnostics(out.difficult, out.reliable, out.clip, last["r"], last["target_reward"],
+                            core.group(rollouts, K), torch.zeros(len(out.clip), K), cfg)  # fmt: skip
+    known = {name: value.item() for name, value in says.items()}
+    assert {"invalid_rollouts", "duplicate_rollouts"} == known.keys() - logged.keys()
+    assert {"nll", "grpo", "ratio"} == logged.keys() - known.keys()
+    for name in known.keys() & logged.keys():
+        assert logged[name] == pytest.approx(known[name]), name
+    assert logged["ratio"] == pytest.approx(1, abs=1e-5) or not out.clip.any()
+
+
+# -- the sizes on the page -------------------------------------------------------------------------------------------
+
+
+def test_rewards_of_rows_would_all_but_shut_the_gate():
+    truth, rollouts, negatives = REWARDS["real numbers, a ranker that knows"]
+    rng = np.random.default_rng(0)
+    target, r, right = truth(rng), rollouts(rng), negatives(rng)
+    others = (np.arange(PROMPTS) * K + K + rng.integers(0, (PROMPTS - 1) * K, PROMPTS)) % (PROMPTS * K)
+    wrong = r.reshape(-1)[others][:, None]  # the reward of another prompt's rollout under that prompt
+    found = [core.reliability(target, r, each).mean() for each in (right, wrong)]
+    assert "from {:.0%} to {:.0%}".format(*found).replace("%", " %") in " ".join(PAGE.split()), found
+
+
+def test_the_table_of_small_groups_is_computed():
+    rows = re.findall(r"^\| (\d+) \| first (\d+) of (\d+) \| (.*) \|$", PAGE, flags=re.M)
+    assert [int(row[0]) for row in rows] == [3, 4, 8, 16, 32]
+    for n, top, pool, cells in rows:
+        n, rng = int(n), np.random.default_rng(0)
+        target, r, negative = rng.random(40_000), rng.random((40_000, n)), rng.random((40_000, 1))
+        ranks = core.reward_ranks(target, r, negative)
+        assert int(pool) == n + 2 and int(top) == max(place for place in range(1, n + 3) if place <= n / 3)
+        for rho, cell in zip((0.1, 0.3, 0.5), cells.split(" | "), strict=True):
+            places, floor, chance = map(int, re.fullmatch(r"last (\d+), (\d+), (\d+) %", cell).groups())
+            R = core.reliability(target, r, negative, rho=rho)
+            expected = (ranks.target <= int(top)) & (ranks.negatives[:, 0] > n + 2 - places)
+            assert (expected == R).all()
+            assert abs(R.mean() - chance / 100) < 0.005 + 4 * (chance / 100 / 40_000) ** 0.5
+            for below, opens in ((floor, True), (floor + 1, False)):
+                floored = np.where(np.arange(n) < below, 0.0, np.linspace(1, 2, n))[None]
+                R = core.reliability(np.array([3.0]), floored, np.array([[0.5]]), rho=rho)[0]
+                assert below > n or opens == R
