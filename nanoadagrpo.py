@@ -899,12 +899,11 @@ def judge_ranker(ranker, log):
     p = [ranker.probabilities(log.history[rows], log.item[rows]) for rows in parts]
     for head, label, counts in (("click", log.click, log.item >= 0), ("order", log.order, log.click)):
         if label is not None:
-            y, x = label[counts], torch.cat([part[head] for part in p])[counts]
-            _, place, ties = x.unique(return_inverse=True, return_counts=True)
-            rank = (ties.cumsum(0) - (ties - 1) / 2)[place].double()  # equal ones share their mean rank
-            yes, no = y.sum().item(), (~y).sum().item()
-            if yes and no:
-                found[f"{head}_auc"] = (rank[y].mean().item() - (yes + 1) / 2) / no
+            x = torch.cat([part[head] for part in p])
+            yes, no = x[counts & label], x[counts & ~label].sort().values
+            if len(yes) and len(no):  # equal ones count half
+                below = torch.searchsorted(no, yes) + torch.searchsorted(no, yes, right=True)
+                found[f"{head}_auc"] = below.double().mean().item() / 2 / len(no)
     return found
 
 
@@ -1710,9 +1709,10 @@ def main(argv=None):
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
         elif isinstance(error, MemoryError | RuntimeError):
-            if isinstance(error, RuntimeError) and "memory" not in text:
+            if isinstance(error, RuntimeError) and not re.search("memory|by peer|remote process", text):
                 raise
-            text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
+            text = ("another process has stopped, and says why" if "memory" not in text and text else
+                    "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size")
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
         if process != "0" and code == 2:  # torchrun stops it meanwhile if the first process says the same

@@ -541,6 +541,16 @@ def test_too_little_memory_is_one_line_that_names_the_flags(refused, monkeypatch
     assert "out of memory" in line and "--micro-batch-size" in line
 
 
+@pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34448.",
+                                  "NCCL error: remote process exited or there was a network error"])
+def test_of_several_processes_the_end_of_one_is_a_line_of_the_others(refused, monkeypatch, text):
+    def run(cfg):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(nano, "run", run)
+    assert "another process has stopped" in refused("--toy")
+
+
 def test_a_fault_of_the_script_itself_is_not_made_to_look_like_the_users(monkeypatch):
     def run(cfg):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
