@@ -38,6 +38,7 @@ RUN_BY = {
     "pytest -m peers": ".ci/run",
     "pytest": ".ci/run",
     "pip install -e": ".ci/run",
+    "git clone": ".ci/run",  # in a clone
     "pip download": "docs/models.md",  # 93 MB, and what converts them: run by hand
     "unzip": "docs/models.md",
     "python - <<": "docs/models.md",
