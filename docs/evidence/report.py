@@ -26,6 +26,8 @@ from arithmetic import (
 from matplotlib.figure import Figure
 from measure import DWELL, EFFECTIVE, VISIT
 
+from nanoadagrpo import UserError
+
 NAMES = {"base": "Base (SFT only)", "nll": "NLL continued", "grpo": "GRPO", "grpo+nll": "GRPO+NLL",
          "adagrpo-d": "AdaGRPO D", "adagrpo-r": "AdaGRPO R", "adagrpo": "AdaGRPO D&R", "r-thinned": "R thinned",
          "random-gate": "random gate", "random-at-r": "random at R's rate", "oracle-gate": "oracle gate",
@@ -524,12 +526,20 @@ def write_page(results, path, command, root):
         file.write_text(placed("\n\n".join(paragraphs) + "\n", file), encoding="utf-8")
 
 
+PLACE = "<!-- toy: this part is written by docs/evidence/run.py -->\n"
+
+
 def placed(text, path):
-    """The text of the page, or of a page that has a place for it and keeps what stands around it."""
+    """The text of the page, or of a page that has a place for it and keeps what stands around it. A page without a
+    place that somebody else wrote is refused, not overwritten."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, start, rest = old.partition("<!-- toy: this part is written by docs/evidence/run.py -->\n")
+    before, start, rest = old.partition(PLACE)
     _, end, after = rest.partition("<!-- /toy -->")
-    return before + start + text + end + after if start and end else text
+    if start and end:
+        return before + start + text + end + after
+    if old and "*Written by `docs/evidence/run.py`" not in old:
+        raise UserError(f"--page {path}: has no place for this; put the lines {PLACE.strip()} and <!-- /toy --> there")
+    return text
 
 
 def provenance(results, command, root):

@@ -12,6 +12,8 @@ import report
 import run
 from measure import ARMS, Arm
 
+from nanoadagrpo import UserError
+
 SETTINGS = run.SIZES["default"][0]
 DEFAULT = f"_bait1_lam{SETTINGS.lam:g}_lr{SETTINGS.lr:g}"
 
@@ -136,10 +138,13 @@ def test_the_pages_hold_every_table_and_figure(finished):
 
 def test_a_page_with_a_place_for_the_toy_keeps_the_rest(tmp_path):
     page = tmp_path / "results.md"
-    start, end = "<!-- toy: this part is written by docs/evidence/run.py -->\n", "<!-- /toy -->"
+    start, end = report.PLACE, "<!-- /toy -->"
     page.write_text(f"before\n{start}old\n{end}\nafter\n")
     assert report.placed("new\n", page) == f"before\n{start}new\n{end}\nafter\n"
     assert report.placed("new\n", tmp_path / "absent.md") == "new\n"
+    page.write_text("written by hand\n")
+    with pytest.raises(UserError, match="has no place for this"):
+        report.placed("new\n", page)
 
 
 UP, UNCLEAR, DOWN = np.array([0.9, 1.0, 1.1]), np.array([-1.0, 0.0, 1.0]), np.array([-0.9, -1.0, -1.1])
