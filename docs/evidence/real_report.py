@@ -107,6 +107,16 @@ def table_yardsticks(results):
     return markdown(rows)
 
 
+def table_rankers(results):
+    """Paired differences of what is served without any RL."""
+    rows = [["difference", *(f"{name}, points" for name in JUDGES)]]
+    pairs = ("uniform", "popular"), ("uniform", "rated"), *((name, "base") for name in REWARDS), ("uniform", "EASE")
+    for name, other in pairs:
+        a, b = columns(results.arrays(name)), columns(results.arrays(other))
+        rows.append([f"{NAMES[name]} − {NAMES[other]}", *(signed(interval(a[key] - b[key])) for key in JUDGES)])
+    return markdown(rows)
+
+
 def table_rates(results):
     """R and c of rankers, asked about their user and about another one, and of one that answers at random."""
     rows = [["admitted %", *(f"R, M={M}" for M in range(1, 5)), *(f"D&R, M={M}" for M in range(1, 5))]]
@@ -195,8 +205,10 @@ def page(results, out, cfg):
     units, users = [*results.base, *(unit for each in results.arms.values() for unit in each)], results.base[0]["users"]
     minutes, doses = sum(unit["core_seconds"] for unit in units) / 60, results.doses
     code = json.loads((out / "made-by.json").read_text(encoding="utf-8"))["code"][:12]
-    command = f"python docs/evidence/real.py --yahoo DIR --seeds {run.seeds_text(results.seeds)}"
-    yield "*Written by `docs/evidence/real.py`; edit that instead.*"
+    command = f"docs/evidence/real.py --yahoo DIR --seeds {run.seeds_text(results.seeds)}"
+    over = "users and seeds" if len(results.seeds) > 1 else "the users of the one seed, not over seeds"
+    yield (f"*Written by `docs/evidence/real.py`; edit that instead.* Intervals in brackets are 95 %, over {over}; "
+           "bold where 0 lies outside. No correction is made for the number of comparisons.")
     yield markdown([["", ""], ["command", f"`{command}`"], ["seeds", run.seeds_text(results.seeds)],
                     ["settings", f"{cfg.sft_steps} supervised steps of {cfg.sft_batch_size} prompts, {cfg.rl_steps} RL "
                      f"steps of {cfg.batch_size}, K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, "
@@ -206,17 +218,20 @@ def page(results, out, cfg):
                     ["run time", f"{minutes:.0f} core minutes, {minutes / len(results.seeds):.1f} a seed"]], text=2)
     yield "### Judged by random items: what biased feedback teaches"
     yield table_yardsticks(results)
+    yield "Paired differences in points:"
+    yield table_rankers(results)
     yield "### Is there anything for the gate to find?"
     yield (f"Base policy, RL prompts of the judged users. D admits {number(mean(results.base, 'rates', 'D'), 100, 1)} "
            "%; R and D&R, for M negatives:")
     yield table_rates(results)
     yield ("AUC over random items in percent, of the users whose prompt is admitted and of the others. The last column "
-           "is in points with its interval over users and seeds, bold where 0 lies outside:")
+           "is in points:")
     yield table_knows(results)
     yield "### The arms"
     yield table_arms(results)
     yield "Paired differences in points; GRPO+NLL and AdaGRPO at the λ that validation chose on other seeds:"
     yield table_differences(results)
+    yield "![HR@10 along the supervised steps; paired differences in AUC and HR@10](figures/real.png)"
     yield f"Doses, chosen on validation of seed{'s' * (len(doses['seeds']) > 1)} {run.seeds_text(doses['seeds'])}:"
     yield table_doses(doses)
 

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,14 +149,23 @@ def test_judges_are_what_plain_loops_say():
     assert real.entropy(np.array([3, 3, 4, 5])) == pytest.approx(1.5)
 
 
-def test_a_sharpened_policy_samples_from_the_third_power_and_is_itself_again():
+@pytest.mark.parametrize("power", [1, 3])
+def test_the_mass_of_an_item_is_the_share_of_samples_of_the_policy_or_of_its_third_power(power):
     catalogue = nano.Catalogue([(a, b) for a in range(3) for b in range(2)])
-    policy, history = nano.tiny_policy(catalogue, CFG), torch.tensor([[0, 5], [2, 3]])
-    plain = nano.prefill(policy, history).logp.exp()
-    with real.sharpened(policy):
-        sharp = nano.prefill(policy, history).logp.exp()
-    assert torch.allclose(sharp, plain**3 / (plain**3).sum(-1, keepdim=True), atol=1e-6)
-    assert torch.equal(nano.prefill(policy, history).logp.exp(), plain)
+    judged = nano.Prompts(torch.tensor([[0, 5], [2, 3]]), torch.tensor([1, 4]), torch.arange(2))
+    policy, item = nano.tiny_policy(catalogue, CFG), torch.tensor([[0, 2, 3], [5, 1, 0]])
+    liked, words = np.array([[True, False, True]] * 2), catalogue.S + 1
+    cfg = dataclasses.replace(CFG, beam_width=words**2)  # all that can be said
+    setup = SimpleNamespace(policy=policy, judged=judged, cfg=cfg, item=item, liked=liked)
+    _, table = real.judge(setup, nano.Ranker(catalogue, heads=1), power)
+    said = torch.cartesian_prod(torch.arange(words), torch.arange(words)).expand(2, -1, -1)
+    with torch.no_grad():
+        p = nano.sequence_logp(policy, nano.prefill(policy, judged.history), said).sum(-1).exp().numpy() ** power
+    share = p / p.sum(1, keepdims=True)
+    own = [[int(words * a + b) for a, b in catalogue.tokens[row].tolist()] for row in item]
+    mass = np.take_along_axis(share, np.array(own), 1)
+    assert table[:, -1] == pytest.approx(mass.sum(1), rel=1e-4)
+    assert table[:, -2] == pytest.approx((mass * liked).sum(1), rel=1e-4)
 
 
 def test_ease_is_the_best_ridge_without_the_item_itself():
