@@ -3,8 +3,8 @@
 
 A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
 coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
-was shown and clicked is wrong in places, and does not say where. AdaGRPO supervises every sample, and adds
-the policy gradient only where the policy finds a sample difficult (D) and the ranker can tell its truth (R).
+was shown and clicked makes errors that nobody sees. AdaGRPO supervises every sample, and adds the policy
+gradient only where the policy finds a sample difficult (D) and the ranker ranks its true item high (R).
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, under a minute on a laptop
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
@@ -22,10 +22,10 @@ Where this differs from the paper, or the paper is silent:
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. What is no item is a
     hallucination. With `--constrained`, samples and beams follow the catalogue; likelihoods do not.
  5. The ranker cannot score a hallucination: its reward is `--floor`. A negative that is one is suppressed.
- 6. Rollouts that repeat each other or the truth stay in the pools, and ties share the better rank.
+ 6. Rollouts that repeat each other or the truth are kept as candidates; ties share the better rank.
  7. HR counts places among the valid beams only, as a server would, having dropped the others. ClkRwd@k and
     OrdRwd@k are the best score within the first k: the paper's values grow with k as a mean would not.
- 8. Pure GRPO has a learning rate of its own: there lambda scales the whole loss, which Adam undoes.
+ 8. Pure GRPO has a learning rate of its own: lambda scales its whole loss, and Adam ignores the scale.
  9. Two controls are added: NLL alone, continued, and a random gate that admits as many of each batch.
 """
 
@@ -97,7 +97,7 @@ class Settings:
     seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
     group_size: int = option(16, "K, rollouts per prompt", group="method and gate")
     negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
-    tau: float = option(1 / 3, "top fraction of K: the truth outside it is difficult, inside it prominent")
+    tau: float = option(1 / 3, "top fraction of K: a truth below it is difficult (D), within it prominent")
     rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
     ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", known="min average max")
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
@@ -105,7 +105,7 @@ class Settings:
     reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
     floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
     constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
-    sft_steps: int = option(400, "supervised steps, to a base policy; 0: --model is it", group="optimisation")
+    sft_steps: int = option(400, "steps that train the base policy; 0: take --model", group="optimisation")
     sft_batch_size: int = option(128, "prompts per supervised step", 1)
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
     rl_steps: int = option(200, "steps of --method, each on fresh rollouts; 0: only evaluate")
@@ -133,7 +133,7 @@ class Settings:
     def __post_init__(self):
         check_settings(self)
 
-    def gate(self):  # of core.reliability
+    def gate(self):  # arguments of core.reliability
         return dict(tau=self.tau, rho=self.rho, ties=self.ties)
 
 
@@ -155,7 +155,7 @@ class Policy:
     """A Hugging Face causal language model whose vocabulary, cut in Part II, is Semantic IDs and little else.
 
     It has the S SID tokens of all levels, numbered as in the catalogue; then the query token, which ends each
-    prompt; then the start token, which begins it, if the model is used to one.
+    prompt; then the start token, which begins it, if the model has one.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
@@ -169,7 +169,7 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
 
     @functools.cached_property
-    def trained(self):  # where a gradient is wanted
+    def trained(self):  # for passes with a gradient
         return data_parallel(self.model)
 
     def forward(self, tokens, attention_mask, positions, layers=None, keep=0):
@@ -253,7 +253,7 @@ def candidates(logp, prefix, catalogue):
     """Words that may follow (B, m, C), None for all, and their log-probabilities (B, m, C).
 
     With a catalogue (`--constrained`), only words with which some item goes on. The tree still notes the free
-    softmax's likelihoods, to be compared with the truth's and the update's; samples are from another one.
+    softmax's likelihoods, which D and the ratio compare; only the sampling distribution is renormalised.
     """
     if catalogue is None:
         return None, logp
@@ -264,13 +264,13 @@ def candidates(logp, prefix, catalogue):
 def sample(points, catalogue=None):
     """n independent samples, decided by random points in [0, 1), (L, B, n).
 
-    Laid end to end, the probabilities of all tokens fill the way from 0 to 1: the token is taken on which the
-    point lies. Points are drawn for a whole batch at once, so that a part of it samples what the whole would.
+    Inverse-CDF sampling: the first token whose cumulative probability exceeds the point. Points are drawn for
+    the whole batch, so that the samples do not depend on how it is split.
     """
 
     def select(prefix, logp, total):
         words, logp = candidates(logp.detach().float(), prefix, catalogue)
-        logp = logp.log_softmax(-1) if catalogue else logp  # what is valid may be as unlikely as exp(-200)
+        logp = logp.log_softmax(-1) if catalogue else logp  # or exp() of the valid ones might be 0
         ends = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
         point = points[prefix.shape[-1]].view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
@@ -379,7 +379,7 @@ def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
     Returns their tokens and log-probabilities (B, K, L), those of the truth (B, L), and the prefill with its
-    graph, so that the update need not run the prompts again; not of several micro-batches, to save memory.
+    graph, so that the update need not run the prompts again. With several micro-batches it is dropped.
     """
     B, L = len(batch.target), policy.catalogue.L
     points = torch.rand(L, B, K, generator=generator, device=batch.target.device)
@@ -387,7 +387,7 @@ def rollout(policy, batch, parts, K, generator):
     for part in parts:
         with torch.set_grad_enabled(keep_graph):
             prompt, target_logp = prefill_with_target(policy, batch.rows(part))
-        with torch.no_grad():  # most rollouts are not admitted; those that are get a graph when all is judged
+        with torch.no_grad():  # most are not admitted; the update builds a graph for those that are
             sampled = tree_decode(policy, prompt, sample(points[:, part], policy.allowed))
             pieces.append((*sampled, target_logp.detach()))
     return *map(gather, zip(*pieces, strict=True)), [(prompt, target_logp)] if keep_graph else []
@@ -413,8 +413,8 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
         watched, stats = {}, {}
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
-            sampled = rollout(policy, batch, parts, K, generators["rollouts"])
-            rollouts, old_logp, target_logp, prefills = sampled
+            drawn = rollout(policy, batch, parts, K, generators["rollouts"])
+            rollouts, old_logp, target_logp, prefills = drawn
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -433,7 +433,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.gate())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = rows_of(admitted, parts)  # here the host waits for the GPU, to know who they are
+            admitted_rows = rows_of(admitted, parts)  # the only wait for a GPU before the update
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             watched = stats | {"reward of an item": scored}
 
@@ -441,11 +441,12 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                prefilled = prefills.pop() if prefills else prefill_with_target(policy, batch.rows(part))
-                prompt, target_logp = prefilled
+                if not prefills:  # a later update, or several micro-batches
+                    prefills = [prefill_with_target(policy, batch.rows(part))]
+                prompt, target_logp = prefills.pop()
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                loss = method.supervised * nll.sum() / B  # 0 for pure GRPO, but all processes go backward
+                loss = method.supervised * nll.sum() / B  # 0 for pure GRPO; every process calls backward
                 if len(rows):  # only they need a graph through their rollouts: with adagrpo, one in ten
                     here, old = rows - part.start, old_logp[rows]
                     prompt = prompt if len(rows) == len(nll) else prompt.rows(here)
@@ -453,7 +454,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
                     surrogate = core.grpo_loss(logp, old, advantages[rows], epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
                     grpo[here], ratio[here] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
-                (loss * world_size()).backward()  # processes share the mean of their gradients, not the sum
+                (loss * world_size()).backward()  # DDP averages over processes
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
             nll, grpo, ratio = gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
@@ -501,7 +502,7 @@ def evaluate(policy, ranker, prompts, cfg):
         samples, _ = tree_decode(policy, prompt, sample(points[:, local], policy.allowed))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
         valid, hit = item >= 0, item == part.target[:, None]
-        place = valid.cumsum(1)  # among the valid beams, from 1
+        place = valid.cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
         rank = torch.where(hit.any(1), place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0], 10**9)
         each = {f"hr@{k}": rank <= k for k in cutoffs}
         if 10 in cutoffs:
@@ -511,7 +512,7 @@ def evaluate(policy, ranker, prompts, cfg):
         each["hallucination"] = 1 - valid.float().mean(1)
         each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
         each = {k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1))
-        parts.append({key: gather([x])[: len(rows)] for key, x in each.items()})
+        parts.append({key: gather([x])[: len(rows)] for key, x in each.items()})  # without repeated rows
     each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
 
@@ -1037,7 +1038,7 @@ def pretrained_policy(source, catalogue, cfg):
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
         kind, context = f", a {config.model_type}", getattr(config, "max_position_embeddings", None) or T
-        if context < T:
+        if 0 < context < T:
             raise ValueError(f"its context of {context} tokens is too short for {T}; lower --max-history")
         files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
         if not files or re.search("token|vocab", files):  # a folder without a tokenizer knows no word
@@ -1053,7 +1054,9 @@ def pretrained_policy(source, catalogue, cfg):
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
     except Exception as error:  # what can be wrong with a foreign model is not a short list
-        raise UserError(f"--model {source}{kind}: {first_line(error)}; expected a decoder-only model of "
+        layers = isinstance(error, IndexError | TypeError | AttributeError | AssertionError)
+        what = "no tree can grow on its kind of layers or cache: " * layers + first_line(error)
+        raise UserError(f"--model {source}{kind}: {what}; expected a decoder-only model of "
                         "plain attention, folder or hub name, with config.json and safetensors") from None
 
 
@@ -1121,7 +1124,13 @@ def cut_vocabulary(model, known, catalogue, cfg):
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
     fill(true)
+    with torch.device("meta"):  # shapes alone
+        again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict()))
+    if shapes(again) != shapes(model):
+        raise ValueError("it would not load again from what is saved of it")
     return make_policy(model, catalogue, cfg)
+
+
 # == Part III: the workshop ==================================================================================
 
 
@@ -1259,6 +1268,10 @@ class MetricsLog:
         if self.track:
             name = "/".join(row[key] for key in ("phase", "method") if key in row)
             self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
+
+
+def shapes(module):
+    return {name: x.shape for name, x in module.state_dict().items()}
 
 
 def weights(module):
@@ -1711,8 +1724,9 @@ def main(argv=None):
         elif isinstance(error, MemoryError | RuntimeError):
             if isinstance(error, RuntimeError) and not re.search("memory|by peer|remote process", text):
                 raise
-            text = ("another process has stopped, and says why" if "memory" not in text and text else
-                    "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size")
+            flags = "--batch-size, --micro-batch-size, --group-size or --eval-batch-size"
+            stopped = text and "memory" not in text
+            text = "another process has stopped, and says why" if stopped else f"out of memory; lower {flags}"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
         if process != "0" and code == 2:  # torchrun stops it meanwhile if the first process says the same

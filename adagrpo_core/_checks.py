@@ -138,6 +138,6 @@ def check_tau(tau, K):
         enough = -(-fraction.denominator // fraction.numerator)
         raise ValueError(
             f"tau: expected tau * K >= 1, got tau={tau!r} with K={K}, which admits nothing; "
-            f"raise tau to 1/{K} or more, or sample K >= {enough} rollouts"
+            + f"raise tau to 1/{K} or more, or " * (K > 1) + f"sample K >= {enough} rollouts"
         )
     return fraction

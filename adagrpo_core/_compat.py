@@ -2,10 +2,17 @@
 """The one seam to the array libraries. A project that vendors this folder changes this file, or puts its own
 ``_array_api_compat_vendor`` beside the folder, and nothing else."""
 
+HOOK = f"{__package__.rpartition('.')[0]}._array_api_compat_vendor"
 try:
     from .._array_api_compat_vendor import array_namespace, device, is_jax_array, is_torch_array
-except ImportError:
-    from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
+except ImportError as absent:
+    # No such file, or no package around this folder. An error inside the file is for whoever wrote it.
+    if "." in __package__ and not (isinstance(absent, ModuleNotFoundError) and absent.name == HOOK):
+        raise
+    try:
+        from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f'pip install "array-api-compat>=1.13", or vendor it as {HOOK}') from None
 
 __all__ = ["array_namespace", "device", "stop_gradient", "widen"]
 

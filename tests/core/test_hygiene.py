@@ -77,11 +77,32 @@ def test_the_folder_works_inside_another_package_and_uses_the_hook_beside_it(tmp
     assert run_alone(tmp_path, "stack._vendor.grpo", more)[1] == "stack._vendor.grpo"
 
 
+@pytest.mark.parametrize("hook, said", [
+    ("import nothing_of_this_name\n", "nothing_of_this_name"),
+    ("def array_namespace(*arrays):\n    return None\n", "cannot import name"),
+    ("1 / 0\n", "ZeroDivisionError")], ids=["needs what is missing", "incomplete", "raises"])
+def test_a_broken_hook_is_not_passed_over(tmp_path, hook, said):
+    shutil.copytree(FOLDER, tmp_path / "stack" / "grpo", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "stack" / "__init__.py").write_text("")
+    (tmp_path / "stack" / "_array_api_compat_vendor.py").write_text(hook)
+    done = subprocess.run([sys.executable, "-c", "import stack.grpo"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("place", ["grpo", "stack/grpo"])
+def test_without_array_api_compat_the_last_line_says_what_to_install(tmp_path, place):
+    shutil.copytree(FOLDER, tmp_path / place, ignore=shutil.ignore_patterns("__pycache__"))
+    program = f"import sys\nsys.modules['array_api_compat'] = None\nimport {place.replace('/', '.')}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and 'pip install "array-api-compat>=1.13"' in done.stderr.splitlines()[-1]
+    assert "another exception" not in done.stderr
+
+
 @every_file
 def test_a_file_states_its_licence_never_names_the_package_and_imports_only_what_it_may(file):
     source = file.read_text()
     assert source.startswith("# SPDX-License-Identifier: MIT\n")
-    assert FOLDER.name not in source
+    assert not re.search(rf"\b(import|from)\s+[\w.]*\b{FOLDER.name}\b", source)
     allowed = {"typing", "fractions", "functools", "array_api_compat"}
     allowed |= {"jax"} if file.name == "_compat.py" else set()
     for node in ast.walk(ast.parse(source)):
