@@ -11,6 +11,7 @@ import torch
 import nanoadagrpo as nano
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import families
 import feedback
 import speed
 import work
@@ -78,6 +79,13 @@ def test_the_benchmark_of_logs_and_of_the_constrained_search_runs(tmp_path, caps
     feedback.million(tmp_path, rows=20, shown=3)
     feedback.constrained(200, 8, B=2, width=5, turns=1)
     assert capsys.readouterr().out.count("| ") >= 2
+
+
+def test_the_sweep_over_model_families_tells_right_from_refused(capsys):
+    assert families.main(["llama", "mamba", "moshi"]) == {"right": 1, "wrong": 0, "refused": 2, "not made": 0}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("llama | right") and "kind of layers or cache" in lines[1]
+    assert "not load again" in lines[2], "its table has a row more than its head"
 
 
 def test_a_ratio_meets_a_target_from_above_and_a_time_from_below():
