@@ -40,8 +40,8 @@ def code_spans(text):
 # -- code blocks -------------------------------------------------------------------------------------------------------
 
 # Blocks that need something first are run by tests/recipes/test_vendoring_page.py, tests/nano/test_models.py and
-# test_models_page.py, test_data_page.py and test_tutorial_page.py.
-ELSEWHERE = {"docs/vendoring.md", "docs/models.md", "docs/data.md", "docs/tutorial.md"}
+# test_models_page.py, test_recommend_page.py, test_data_page.py and test_tutorial_page.py.
+ELSEWHERE = {"docs/vendoring.md", "docs/models.md", "docs/recommend.md", "docs/data.md", "docs/tutorial.md"}
 RUNNABLE = [page for page, text in PAGES.items() if "```python" in text and page not in ELSEWHERE]
 
 

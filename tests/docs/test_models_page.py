@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Code of docs/models.md that tests/nano/test_models.py does not run: search among items alone, and the large model."""
+"""Code of docs/models.md that tests/nano/test_models.py does not run: the rows put back into the large model."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-RECOMMEND, OWN, PUT_BACK = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+OWN, PUT_BACK = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +34,6 @@ def play(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     exec(block, names := {})
     return names
-
-
-def test_the_search_among_items_finds_the_likeliest_items(folder, monkeypatch):
-    names = play(RECOMMEND, folder, monkeypatch)
-    items = [names["tokenizer"].convert_tokens_to_ids(sid) for sid in names["sids"].values()]
-    prompt = names["prompt"].input_ids.expand(len(items), -1)
-    whole = torch.cat([prompt, torch.tensor(items)], 1)
-    with torch.no_grad():
-        logp = names["model"](whole).logits[:, -4:-1].log_softmax(-1)
-    likely = logp.gather(-1, torch.tensor(items)[..., None]).sum((1, 2)).argsort(descending=True)
-    found = names["valid"][:, -3:].tolist()
-    assert all(sid in items for sid in found) and len({*map(tuple, found)}) == 5
-    assert items[likely[0]] in found, "beams may miss what begins unlikely, hardly the best"
 
 
 @torch.no_grad()

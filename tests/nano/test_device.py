@@ -302,9 +302,10 @@ def test_supervised_steps_ranker_and_evaluation_wait_as_seldom(tmp_path, prefill
         cfg, shop, ranker, policy = shop_and_policy(sft_steps=3, micro_batch_size=4, eval_batch_size=16)
         steps = len(shop.log.item) // 64
         assert waited(notes) <= allowed(prefills, steps=steps)
-        notes.waits.clear()
+        notes.waits.clear(), notes.uploads.clear()
         nano.train_sft(policy, shop.sft, cfg, nano.MetricsLog(tmp_path, cfg, []))
         assert waited(notes) <= allowed(prefills, steps=3, lines=3)
+        assert len(notes.uploads) == 1, "the order of the prompts"
         notes.waits.clear(), prefills.clear()
         metrics, each = nano.evaluate(policy, ranker, shop.test.rows(slice(40)), cfg)
         assert len(prefills) == 3 and each["rank"].device == CUDA

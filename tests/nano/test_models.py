@@ -381,9 +381,9 @@ def test_an_inherited_generation_config_has_no_influence(finished):
     assert not set(inherited) & {key for key, value in kept.items() if value is not None}
 
 
-def test_the_code_of_the_page_recommends_what_the_policy_would_and_its_reward_is_taken(folder, monkeypatch):
-    page = (pathlib.Path(nano.__file__).parent / "docs" / "models.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)
+def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_is_taken(folder, monkeypatch):
+    pages = [(pathlib.Path(nano.__file__).parent / "docs" / page).read_text() for page in ("models.md", "recommend.md")]
+    blocks = re.findall(r"^```python\n(.*?)^```$", "".join(pages), flags=re.M | re.S)
     [recommend], [own] = ([block for block in blocks if word in block] for word in ("found =", "def reward"))
     minionerec(folder / "shop")
     (folder / "mine.py").write_text(own)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""docs/recommend.md: its blocks, played one after the other, find the likeliest items, for one user and for a file."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from test_commands import SMALL, model, shop
+
+import nanoadagrpo as nano
+
+PAGE = (Path(__file__).parents[2] / "docs" / "recommend.md").read_text(encoding="utf-8")
+SOME, MANY = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+
+# Equal histories, an empty one, one longer than the run's, and one that has every item but two.
+HISTORIES = [["0", "7"], ["3"], ["0", "7"], [], [str(i % 12) for i in range(25)], [str(i) for i in range(10)]]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """The folder in which the page was followed, and the names that it made."""
+    folder, threads = tmp_path_factory.mktemp("recommend"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shop(folder / "shop"), model(folder / "model", "<a_0>", bos_token="saw")
+        nano.main(shlex.split("--data shop --model model --out runs/mine --sft-lr 1e-2") + SMALL)
+        rows = [{"user": f"user {i}", "history": history} for i, history in enumerate(HISTORIES)]
+        Path("users.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        exec(compile(SOME, "page", "exec"), names)
+        exec(compile(MANY, "page", "exec"), names)
+    torch.set_num_threads(threads)
+    return folder, names
+
+
+def written(folder, name="items.jsonl"):
+    return list(map(json.loads, (folder / name).read_text().splitlines()))
+
+
+@torch.no_grad()
+def likelihoods(names, words):
+    """{item: log-probability} after a prompt in words, in one plain pass over all items."""
+    items = torch.tensor([names["tokenizer"].convert_tokens_to_ids(sid) for sid in names["sids"].values()])
+    prompt = names["tokenizer"]([words], return_tensors="pt").input_ids.expand(len(items), -1)
+    logp = names["model"](torch.cat([prompt, items], 1)).logits[:, -4:-1].log_softmax(-1)
+    return dict(zip(names["sids"], logp.gather(-1, items[..., None]).sum((1, 2)).tolist(), strict=True))
+
+
+def test_the_search_among_items_finds_the_likeliest_items(played):
+    _, names = played
+    [bought] = names["bought"]
+    likely = likelihoods(names, bought)
+    by_words = {tuple(sid): name for name, sid in names["sids"].items()}
+    found = [by_words.get(tuple(names["tokenizer"].convert_ids_to_tokens(beam))) for beam in names["valid"][:, -3:]]
+    assert None not in found and len(set(found)) == 5
+    assert max(likely, key=likely.get) in found, "beams may miss what begins unlikely, hardly the best"
+
+
+def test_each_user_of_the_file_gets_the_likeliest_items_that_are_new_and_their_scores(played):
+    folder, names = played
+    rows = written(folder)
+    assert [row["user"] for row in rows] == [f"user {i}" for i in range(len(HISTORIES))]
+    for row, history in zip(rows, HISTORIES, strict=True):
+        words = "".join(word for item in history[-10:] for word in names["sids"][item])
+        likely = {name: x for name, x in likelihoods(names, words).items() if name not in history}
+        best = sorted(likely, key=likely.get, reverse=True)[:10]  # 50 beams hold all 12 items: none can be missed
+        assert row["items"] == best and row["scores"] == pytest.approx([likely[name] for name in best], abs=1e-4)
+    assert [len(row["items"]) for row in rows] == [10, 10, 10, 10, 0, 2]
+    assert rows[0] == {**rows[2], "user": "user 0"} != {**rows[1], "user": "user 0"}
+
+
+def test_the_batch_changes_nothing_and_fewer_beams_give_fewer_items(played, monkeypatch):
+    folder, names = played
+    monkeypatch.chdir(folder)
+    names["recommend"]("users.jsonl", "one.jsonl", batch=1)
+    for one, row in zip(written(folder, "one.jsonl"), written(folder), strict=True):
+        assert one["items"] == row["items"] and one["scores"] == pytest.approx(row["scores"], abs=1e-4)
+    names["recommend"]("users.jsonl", "few.jsonl", n=2, beams=4)
+    assert [len(row["items"]) for row in written(folder, "few.jsonl")][:4] == [2, 2, 2, 2]
+
+
+def test_its_beams_and_scores_are_those_of_the_evaluation(played):
+    """Of the script's own constrained search, with items of the history left in."""
+    folder, names = played
+    cfg = nano.Settings(data=str(folder / "shop"), device="cpu", constrained=True)
+    data = nano.load_data(cfg.data, cfg)
+    policy = nano.Policy(names["model"], data.catalogue, cfg, names["tokenizer"])
+    history = torch.tensor([[data.catalogue.row[tuple(names["sids"][item])] for item in HISTORIES[0]]])
+    with torch.no_grad():
+        beams, logp = nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(50, data.catalogue))
+    found = list(zip(data.catalogue.item(beams)[0].tolist(), logp[0].sum(-1).tolist(), strict=True))
+    found = [(item, x) for item, x in found if item not in history[0].tolist()][:10]
+    row = written(folder)[0]
+    assert [data.catalogue.row[tuple(names["sids"][name])] for name in row["items"]] == [item for item, _ in found]
+    assert row["scores"] == pytest.approx([x for _, x in found], abs=1e-4)
