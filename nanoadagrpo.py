@@ -1554,27 +1554,29 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
 
 
 def make_folder(cfg):
-    """A new folder with config.json in it, never over anything; of one that fails, nothing is left."""
+    """A new folder with config.json in it: it appears whole or not at all, and never over anything."""
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
         if rank() > 0:
             return out
+        partial = out.parent / f".{os.getpid()}-{time.time_ns()}.partial"
         created = [parent for parent in out.parents if not os.path.lexists(parent)]
         try:
             name.encode()  # what cannot be printed could not be reported either
-            out.mkdir(parents=True)  # fails if another run has been faster
-            created.insert(0, out)
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            return out
-        except (OSError, ValueError, KeyboardInterrupt) as error:
-            with contextlib.suppress(OSError, ValueError):
-                for folder in created:
-                    (shutil.rmtree if folder == out else Path.rmdir)(folder)
-            if isinstance(error, KeyboardInterrupt):
-                raise
+            if os.path.lexists(out):
+                raise FileExistsError("it exists already")
+            partial.mkdir(parents=True)
+            (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            return partial.rename(out)  # fails if another run has been faster
+        except (OSError, ValueError) as error:
             if cfg.out or not os.path.lexists(out):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
+        finally:  # nothing is left but what has been renamed, and the folders that it lies in
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError):
+                for parent in created:
+                    parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -267,15 +267,15 @@ def test_the_report_repeats_the_options_that_were_given(small_shop, folder):
 @pytest.mark.parametrize("given", [True, False], ids=["into one --out", "without --out"])
 def test_of_two_runs_started_together_the_slower_leaves_nothing_or_takes_the_next_name(
         small_shop, folder, monkeypatch, capsys, given):
-    out, mkdir = folder / ("one" if given else "runs/toy-adagrpo-0"), pathlib.Path.mkdir
+    out, rename = folder / ("one" if given else "runs/toy-adagrpo-0"), pathlib.Path.rename
 
-    def overtaken(path, *args, **kwargs):
-        if path.name == out.name and not out.exists():
-            mkdir(out, parents=True)
+    def overtaken(path, target):
+        if str(target).endswith(out.name):
+            out.mkdir()
             (out / "config.json").write_text("the faster one's")
-        return mkdir(path, *args, **kwargs)
+        return rename(path, target)
 
-    monkeypatch.setattr(pathlib.Path, "mkdir", overtaken)
+    monkeypatch.setattr(pathlib.Path, "rename", overtaken)
     if given:
         with pytest.raises(SystemExit) as end:
             toy(*NOTHING, "--out", "one")

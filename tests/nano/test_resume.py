@@ -404,7 +404,7 @@ def test_signals_at_random_moments_one_after_the_other_change_nothing(shop, numb
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("lines, last", [(1, "step 1"), (4, "step 4"), (6, "step 0"), (10, "adagrpo, step 2"),
+@pytest.mark.parametrize("lines, last", [(1, "step 1"), (4, "step 4"), (6, "sft, step 5"), (10, "adagrpo, step 2"),
                                          (16, "step 5")])
 def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(shop, monkeypatch, capsys, number, code, lines, last):
     before = signal.getsignal(number)
