@@ -42,10 +42,7 @@ class Bytes(TorchDispatchMode):
             self.known.add(storage)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.free, storage.nbytes())
-
-    def free(self, n):
-        self.now -= n
+            weakref.finalize(storage, lambda n: setattr(self, "now", self.now - n), storage.nbytes())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
@@ -70,7 +67,7 @@ def step(name, B, micro, K, T, admitted, dtype):
         next(steps)
         counted.peak = counted.now
         next(steps)
-    n, tokens = sum(p.numel() for p in policy.model.parameters()), micro * (T + 2) + min(admitted, micro) * K * 2
+    n, tokens = policy.model.num_parameters(), micro * (T + 2) + min(admitted, micro) * K * 2
     activations = tokens * layers * 4 * (14 * h + 4 * f) * (0.8 if policy.bf16 else 1)
     return n, counted.peak, (16 if micro == B else 20) * n + activations
 
@@ -81,7 +78,7 @@ def search(name, B, W, T):
     with Bytes(policy.model) as counted:
         prompt = nano.prefill(policy, work.some_prompts(policy, B, T).history)
         nano.tree_decode(policy, prompt, nano.beam(W))
-    n = sum(p.numel() for p in policy.model.parameters())
+    n = policy.model.num_parameters()
     return n, counted.peak, 4 * n + B * (2 * T + 2 * W) * layers * 16 * (h // heads * kv)
 
 
@@ -92,8 +89,8 @@ def main(argv=None):
     for measure, cases in ((step, STEPS), (search, SEARCHES)):
         for case in [("tiny", *cases[1][1:])] if quick else cases:
             n, peak, formula = measure(*case)
-            found.append((peak, formula))
-            sizes = f"{n / 1e6:.1f} M | {peak / 2**20:.0f} | {formula / 2**20:.0f} | {peak / formula:.2f}"
+            found.append(peak / formula)
+            sizes = f"{n / 1e6:.1f} M | {peak / 2**20:.0f} | {formula / 2**20:.0f} | {found[-1]:.2f}"
             print(f"| {measure.__name__} | {' | '.join(map(str, case))} | {sizes} |", flush=True)
     return found
 
