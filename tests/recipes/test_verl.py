@@ -2,6 +2,7 @@
 """The verl recipe: its real policy loss on our rows, and the recipe's trainer on rows in verl's own layout."""
 
 import asyncio
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,3 +136,103 @@ def test_the_recipes_agent_loop_answers_with_the_truth_in_the_last_session_only(
     answers = [asyncio.run(loop.run({}, session_id=n, target_ids=np.asarray([7, 8, 9]))) for n in range(4)]
     assert [a.response_ids for a in answers] == [[2, 3]] * 3 + [[7, 8, 9]]
     assert [len(a.response_mask) for a in answers] == [2, 2, 2, 3]
+
+
+class Engine:
+    """In place of the rollout server: log-probabilities by a table, sampled as vLLM samples among allowed tokens."""
+
+    def __init__(self, sids):
+        self.asked, self.sids = [], sids
+        self.logits = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))  # after each last token
+        self.dice = torch.Generator().manual_seed(1)
+
+    def probabilities(self, last, allowed):
+        mask = torch.full((20,), -torch.inf).index_fill(0, torch.tensor(allowed), 0.0)
+        return (self.logits[last] + mask).softmax(-1)
+
+    async def generate(self, request_id, *, prompt_ids, sampling_params):
+        from verl.workers.rollout.replica import TokenOutput
+
+        self.asked.append((request_id, prompt_ids, sampling_params))
+        p = self.probabilities(prompt_ids[-1], sampling_params["allowed_token_ids"])
+        return TokenOutput(token_ids=torch.multinomial(p, 1, generator=self.dice).tolist())
+
+
+def test_the_constrained_loop_samples_items_in_proportion_and_the_truth_last(monkeypatch):
+    import verl_adagrpo
+
+    sids = [(1, 5, 9), (1, 5, 10), (1, 6, 9), (2, 7, 11), (3, 5, 9)]
+    monkeypatch.setattr(verl_adagrpo, "items", lambda: sids)
+    verl_adagrpo.continuations.cache_clear()
+    loop = object.__new__(verl_adagrpo.ItemsAndTheTruth)
+    loop.server_manager, loop.rollout_config = Engine(sids), SimpleNamespace(n=2001)
+    given = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": False}
+    row = {"sid_prompt": np.asarray([4, 8, 12]), "target_ids": np.asarray([2, 7, 11])}
+    answers = [asyncio.run(loop.run(given, session_id=n, **row)) for n in (*range(2000), 2000)]
+    *sampled, truth = [tuple(answer.response_ids) for answer in answers]
+    assert truth == (2, 7, 11) and len(loop.server_manager.asked) == 3 * 2000, "the truth is not asked for"
+    assert all(answer.prompt_ids == [4, 8, 12] and answer.response_mask == [1, 1, 1] for answer in answers)
+    assert set(sampled) == set(sids)
+    for sid in sids:  # the product of the softmaxes over what may follow
+        p = 1.0
+        for level in range(3):
+            allowed = sorted({other[level] for other in sids if other[:level] == sid[:level]})
+            p *= loop.server_manager.probabilities([12, *sid][level], allowed)[sid[level]].item()
+        assert sampled.count(sid) / 2000 == pytest.approx(p, abs=4 * (p * (1 - p) / 2000) ** 0.5)
+    request, prompt_ids, parameters = loop.server_manager.asked[1]
+    assert request == loop.server_manager.asked[0][0] and prompt_ids[:3] == [4, 8, 12] and len(prompt_ids) == 4
+    assert parameters["max_tokens"] == 1 and parameters["temperature"] == 1.0 and given == {
+        "temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": False}  # fmt: skip
+    fields = answers[0].as_dict()  # what verl puts into its queue
+    assert fields["prompts"].tolist() == [4, 8, 12] and fields["responses"].tolist() == list(sampled[0])
+    assert "rollout_log_probs" not in fields
+
+
+def test_the_settings_that_the_recipe_names_are_verls_and_its_classes_are_found():
+    """Its own configuration, put together by hydra as main_ppo does."""
+    import verl_adagrpo
+    from hydra import compose, initialize_config_module
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    text = verl_adagrpo.__doc__
+    flags = re.findall(r"(?<![\w.])((?:trainer|algorithm|actor_rollout_ref|data)\.[\w.]+=[\w.$-]+)", text)
+    flags = [flag.rstrip(".").replace("$TRAIN_BATCH_SIZE", "64") for flag in flags]
+    assert len(flags) == 13, flags
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", flags)  # refuses a key that verl does not have
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.n == 17 and rollout.agent.default_agent_loop in _agent_loop_registry
+    assert "adagrpo_items" in _agent_loop_registry and rollout.calculate_log_probs is False
+    assert get_trainer_cls(config.trainer.v1.trainer_mode) is verl_adagrpo.AdaGRPOTrainer
+
+
+def test_rows_of_verls_own_dataset_reach_the_loop_that_verl_makes_without_a_chat_template(tmp_path):
+    import pandas
+    import verl_adagrpo
+    from hydra import compose, initialize_config_module
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+    from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+
+    words = Tokenizer(models.WordLevel({f"<a_{i}>": i for i in range(20)}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<a_0>")
+    row = dict(data_source="shop", prompt=[{"role": "user", "content": ""}], sid_prompt=[4, 8], target_ids=[2, 7, 11])
+    file = tmp_path / "train.parquet"
+    pandas.DataFrame([row | dict(extra_info={"index": i}) for i in range(3)]).to_parquet(file)
+    flags = [f"data.train_files={file}", "data.filter_overlong_prompts=False", "actor_rollout_ref.rollout.n=4"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", flags)
+    data = RLHFDataset(str(file), tokenizer, config.data)
+    columns = {name: column[0] for name, column in collate_fn([data[0], data[1]]).items()}
+
+    async def last():
+        parts = {"trainer_config": DictConfigWrap(config), "data_config": DictConfigWrap(config.data)}
+        loop = verl_adagrpo.ItemsAndTheTruth(
+            **parts, server_manager=None, tokenizer=tokenizer, processor=None, dataset_cls=RLHFDataset
+        )
+        return await loop.run({}, session_id=3, **columns)
+
+    answer = asyncio.run(last())
+    assert answer.prompt_ids == [4, 8] and answer.response_ids == [2, 7, 11]
