@@ -8,26 +8,18 @@
         actor_rollout_ref.actor.ppo_epochs=1 actor_rollout_ref.actor.ppo_mini_batch_size=$TRAIN_BATCH_SIZE \
         data.train_batch_size=$TRAIN_BATCH_SIZE ...    # and no KL, no entropy term, no filter of groups
 
-Semantic IDs: default_agent_loop=adagrpo_items samples items only, by vLLM, from prompts that are token ids. The dataset
-has them in the column ``sid_prompt``, and `items` says what there is. Beside the flags above:
-actor_rollout_ref.rollout.name=vllm, actor_rollout_ref.rollout.calculate_log_probs=False,
-actor_rollout_ref.rollout.enable_prefix_caching=True, data.filter_overlong_prompts=False.
-
 Why a trainer and not register_adv_est: verl gives an estimator rewards, mask and uid, but neither log-probabilities
 (the policy's rank of the truth) nor other prompts' rollouts (the negatives). To adapt: the dataset's column
 ``target_ids``, `score`, GATE. Let the data-parallel ranks divide train_batch_size * rollout.n, or verl adds padding
 rows, which group_by refuses as a ragged group.
 """
 
-import functools
-from uuid import uuid4
-
 import numpy as np
 import torch
 import transfer_queue as tq
 from extra_row import advantage_rows, negative_rows
 from tensordict import TensorDict
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.workers.utils.padding import response_to_nested
@@ -43,21 +35,6 @@ def score(prompts, responses):
     raise NotImplementedError("verl_adagrpo.score: put your reward model here")
 
 
-def items():
-    """The Semantic ID of every item, in token ids of the model: for adagrpo_items."""
-    raise NotImplementedError("verl_adagrpo.items: put your catalogue here")
-
-
-@functools.cache
-def continuations():
-    """{beginning of a Semantic ID: tokens that may follow it}."""
-    after = {}
-    for sid in items():
-        for level, token in enumerate(sid):
-            after.setdefault(tuple(sid[:level]), set()).add(token)
-    return {beginning: sorted(tokens) for beginning, tokens in after.items()}
-
-
 @register("adagrpo")
 class TruthInEveryGroup(SingleTurnAgentLoop):
     """Of the rollout.n sessions of a prompt, the last answers with the ground truth. Validate with fewer than n."""
@@ -69,28 +46,6 @@ class TruthInEveryGroup(SingleTurnAgentLoop):
             output.response_mask = [1] * len(output.response_ids)
             output.response_logprobs = [0.0] * len(output.response_ids) if output.response_logprobs else None
         return output
-
-
-@register("adagrpo_items")
-class ItemsAndTheTruth(AgentLoopBase):
-    """The same for Semantic IDs: the other sessions sample items only, one request per level; no chat template.
-
-    verl computes old_log_probs anew by the free softmax, as nanoadagrpo.py does with --constrained.
-    """
-
-    async def run(self, sampling_params, **columns):
-        prompt, target = ([int(token) for token in columns[name]] for name in ("sid_prompt", "target_ids"))
-        session, response = uuid4().hex, []  # one session stays on one server, which has its prefix cached
-        if columns["session_id"] == self.rollout_config.n - 1:
-            response = target
-        while len(response) < len(target):
-            only = dict(max_tokens=1, ignore_eos=True, allowed_token_ids=continuations()[tuple(response)])
-            output = await self.server_manager.generate(
-                request_id=session, prompt_ids=prompt + response, sampling_params=sampling_params | only
-            )
-            response += output.token_ids
-        mask = [1] * len(response)
-        return AgentLoopOutput(prompt_ids=prompt, response_ids=response, response_mask=mask, metrics=AgentLoopMetrics())
 
 
 @register_trainer("adagrpo")

@@ -312,6 +312,20 @@ def test_supervised_steps_ranker_and_evaluation_wait_as_seldom(tmp_path, prefill
         assert waited(notes) <= allowed(prefills, evaluate=len(prefills) + len(metrics)), "finite?, and the means"
 
 
+def test_a_reward_of_ones_own_may_be_computed_on_the_cpu(monkeypatch):
+    price = torch.arange(100.0)
+
+    def score(history, item):
+        assert item.device == history.device == CUDA
+        return {"a list": price[item.cpu()].tolist(), "a tensor": price[item.cpu()]}
+
+    monkeypatch.setattr(nano, "score", score, raising=False)
+    with pretended() as notes:
+        cfg, shop, _, policy = shop_and_policy(rl_steps=2, reward="nanoadagrpo:score", constrained=True)
+        nano.train_rl(policy, nano.own_reward(cfg), shop.rl, cfg, "grpo+nll", lambda **row: None)
+        assert not notes.mixed
+
+
 @pytest.fixture
 def data(folder, unpainted):
     jsonl(folder / "shop")

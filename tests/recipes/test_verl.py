@@ -159,12 +159,12 @@ class Engine:
 
 
 def test_the_constrained_loop_samples_items_in_proportion_and_the_truth_last(monkeypatch):
-    import verl_adagrpo
+    import verl_sids
 
     sids = [(1, 5, 9), (1, 5, 10), (1, 6, 9), (2, 7, 11), (3, 5, 9)]
-    monkeypatch.setattr(verl_adagrpo, "items", lambda: sids)
-    verl_adagrpo.continuations.cache_clear()
-    loop = object.__new__(verl_adagrpo.ItemsAndTheTruth)
+    monkeypatch.setattr(verl_sids, "items", lambda: sids)
+    verl_sids.continuations.cache_clear()
+    loop = object.__new__(verl_sids.ItemsAndTheTruth)
     loop.server_manager, loop.rollout_config = Engine(sids), SimpleNamespace(n=2001)
     given = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": False}
     row = {"sid_prompt": np.asarray([4, 8, 12]), "target_ids": np.asarray([2, 7, 11])}
@@ -188,28 +188,28 @@ def test_the_constrained_loop_samples_items_in_proportion_and_the_truth_last(mon
     assert "rollout_log_probs" not in fields
 
 
-def test_the_settings_that_the_recipe_names_are_verls_and_its_classes_are_found():
+def test_the_settings_that_the_recipes_name_are_verls_and_their_classes_are_found():
     """Its own configuration, put together by hydra as main_ppo does."""
-    import verl_adagrpo
+    import verl_sids
     from hydra import compose, initialize_config_module
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.trainer.ppo.v1 import get_trainer_cls
 
-    text = verl_adagrpo.__doc__
-    flags = re.findall(r"(?<![\w.])((?:trainer|algorithm|actor_rollout_ref|data)\.[\w.]+=[\w.$-]+)", text)
+    text = verl_sids.verl_adagrpo.__doc__ + verl_sids.__doc__
+    flags = re.findall(r"(?<![\w.])((?:trainer|algorithm|actor_rollout_ref|data)\.[\w.]+=[\w.$/-]+)", text)
     flags = [flag.rstrip(".").replace("$TRAIN_BATCH_SIZE", "64") for flag in flags]
-    assert len(flags) == 13, flags
+    assert len(flags) == 15, flags
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", flags)  # refuses a key that verl does not have
     rollout = config.actor_rollout_ref.rollout
-    assert rollout.n == 17 and rollout.agent.default_agent_loop in _agent_loop_registry
-    assert "adagrpo_items" in _agent_loop_registry and rollout.calculate_log_probs is False
-    assert get_trainer_cls(config.trainer.v1.trainer_mode) is verl_adagrpo.AdaGRPOTrainer
+    assert rollout.n == 17 and rollout.agent.default_agent_loop == "adagrpo_items"
+    assert {"adagrpo", "adagrpo_items"} <= _agent_loop_registry.keys() and rollout.calculate_log_probs is False
+    assert get_trainer_cls(config.trainer.v1.trainer_mode) is verl_sids.verl_adagrpo.AdaGRPOTrainer
 
 
 def test_rows_of_verls_own_dataset_reach_the_loop_that_verl_makes_without_a_chat_template(tmp_path):
     import pandas
-    import verl_adagrpo
+    import verl_sids
     from hydra import compose, initialize_config_module
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -229,7 +229,7 @@ def test_rows_of_verls_own_dataset_reach_the_loop_that_verl_makes_without_a_chat
 
     async def last():
         parts = {"trainer_config": DictConfigWrap(config), "data_config": DictConfigWrap(config.data)}
-        loop = verl_adagrpo.ItemsAndTheTruth(
+        loop = verl_sids.ItemsAndTheTruth(
             **parts, server_manager=None, tokenizer=tokenizer, processor=None, dataset_cls=RLHFDataset
         )
         return await loop.run({}, session_id=3, **columns)
