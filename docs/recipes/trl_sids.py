@@ -128,19 +128,19 @@ def main(argv=None, **more):
     configs, results = copy.deepcopy((policy.model.config, policy.model.generation_config)), {}
     trainer = make_trainer(policy, ranker, data, cfg, out, seed, **more)
     test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
-    if trainer.is_world_process_zero():
-        results["before"] = nano.evaluate(policy, ranker, test, cfg)[0]
+    results["before"] = nano.evaluate(policy, ranker, test, cfg)[0]  # each process its share
     if cfg.rl_steps:
         trainer.train()
     # TRL gave the model a padding token. Trained again from a file with one, its row would get no gradient.
     policy.model.config, policy.model.generation_config = configs
     trainer.save_model(out)
     trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # until the first process has written
+    results["after"] = nano.evaluate(load_policy(out, data.catalogue, cfg), ranker, test, cfg)[0]
     if trainer.is_world_process_zero():
         logs = [log["adagrpo/admitted"] for log in trainer.state.log_history if "adagrpo/admitted" in log]
-        results["after"] = nano.evaluate(load_policy(out, data.catalogue, cfg), ranker, test, cfg)[0]
         results["after"]["admitted"] = sum(logs) / max(1, len(logs))
-        print(f"\n{nano.table(results)}\n\npolicy: {out}")
+        print(f"\n{nano.table(results, nano.COLUMNS)}\n\npolicy: {out}")
     return results, trainer
 
 

@@ -142,7 +142,8 @@ def test_a_whole_run_learns_and_what_it_saved_is_a_policy_of_the_script(shop, tm
     test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
     after = nano.Policy(policy.model.from_pretrained(tmp_path / "out"), data.catalogue, cfg)
     before, after = (nano.evaluate(x, ranker, test, cfg)[0] for x in (policy, after))
-    lines = nano.table({"before": before, "after": after | {"admitted": float(noted[0]["admitted"])}}).splitlines()
+    lines = nano.table(
+        {"before": before, "after": after | {"admitted": float(noted[0]["admitted"])}}, nano.COLUMNS).splitlines()
     printed = done.stdout.splitlines()
     assert lines[2] in printed and after["hr@10"] > before["hr@10"]
     assert any(line.startswith("| after") and line.split("|")[2:-2] == lines[3].split("|")[2:-2] for line in printed)
