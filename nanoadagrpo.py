@@ -441,9 +441,8 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                if not prefills:  # a later update, or several micro-batches
-                    prefills = [prefill_with_target(policy, batch.rows(part))]
-                prompt, target_logp = prefills.pop()
+                prefilled = prefills.pop() if prefills else prefill_with_target(policy, batch.rows(part))
+                prompt, target_logp = prefilled
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
                 loss = method.supervised * nll.sum() / B  # 0 for pure GRPO; every process calls backward
@@ -1054,9 +1053,7 @@ def pretrained_policy(source, catalogue, cfg):
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
     except Exception as error:  # what can be wrong with a foreign model is not a short list
-        layers = isinstance(error, IndexError | TypeError | AttributeError | AssertionError)
-        what = "no tree can grow on its kind of layers or cache: " * layers + first_line(error)
-        raise UserError(f"--model {source}{kind}: {what}; expected a decoder-only model of "
+        raise UserError(f"--model {source}{kind}: {first_line(error)}; expected a decoder-only model of "
                         "plain attention, folder or hub name, with config.json and safetensors") from None
 
 
@@ -1116,19 +1113,29 @@ def cut_vocabulary(model, known, catalogue, cfg):
     model.get_input_embeddings().padding_idx = None
     fill(apart)
     policy = Policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
-    prompt, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
-    expected = plain.gather(-1, tokens[:, :2, :, None].cpu())[..., 0]
-    tree = tree_decode(policy, prompt, teacher_forcing(tokens))[1]
-    found = torch.stack([tree, sequence_logp(policy, prompt, tokens)])[:, :, :2].cpu()
+    expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
+    try:
+        prompt, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
+        tree = tree_decode(policy, prompt, teacher_forcing(tokens))[1]
+        found = torch.stack([tree, sequence_logp(policy, prompt, tokens)])[:, :, :2].cpu()
+    except Exception as error:  # of a cache or layers of the model's own
+        what = "no tree can grow on its kind of layers or cache"
+        raise ValueError(f"{what}: {first_line(error)}") from None
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
     fill(true)
     with torch.device("meta"):  # shapes alone
-        again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict()))
-    if shapes(again) != shapes(model):
+        again = model_of(model.config.to_dict())
+    shapes = [{name: x.shape for name, x in each.state_dict().items()} for each in (model, again)]
+    if shapes[0] != shapes[1]:
         raise ValueError("it would not load again from what is saved of it")
     return make_policy(model, catalogue, cfg)
+
+
+def model_of(config):
+    """A new model of a configuration that was saved."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
 # == Part III: the workshop ==================================================================================
@@ -1270,10 +1277,6 @@ class MetricsLog:
             self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
 
 
-def shapes(module):
-    return {name: x.shape for name, x in module.state_dict().items()}
-
-
 def weights(module):
     """{name: tensor}, tied ones once."""
     once = {x: name for name, x in module.state_dict(keep_vars=True).items()}
@@ -1308,7 +1311,7 @@ class Checkpoints:
                 for key, x in self.origin.items():
                     if x != self.state["origin"][key]:
                         raise ValueError(f"the run was begun with another {key}")
-                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.state["model"]))
+                model = model_of(self.state["model"])
                 for found in (self.base, self.best, self.state["policy"]):
                     if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
                         raise ValueError("its weights are of another model")
@@ -1723,12 +1726,12 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif isinstance(error, MemoryError | RuntimeError):
-            if isinstance(error, RuntimeError) and not re.search("memory|by peer|remote process", text):
+        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
+            text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
+        elif isinstance(error, RuntimeError):
+            if not re.search("by peer|remote process", text):
                 raise
-            flags = "--batch-size, --micro-batch-size, --group-size or --eval-batch-size"
-            stopped = text and "memory" not in text
-            text = "another process has stopped, and says why" if stopped else f"out of memory; lower {flags}"
+            text = "another process has stopped, and says why"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
         if process != "0" and code == 2:  # torchrun stops it meanwhile if the first process says the same
