@@ -102,7 +102,8 @@ def test_without_array_api_compat_the_last_line_says_what_to_install(tmp_path, p
 def test_a_file_states_its_licence_never_names_the_package_and_imports_only_what_it_may(file):
     source = file.read_text()
     assert source.startswith("# SPDX-License-Identifier: MIT\n")
-    assert not re.search(rf"\b(import|from)\s+[\w.]*\b{FOLDER.name}\b", source)
+    assert "adagrpo_core" not in source
+    assert not re.search(rf"\b(import|from)\s+[\w.]*\b{FOLDER.name}\b", source), "nor a copy its own name"
     allowed = {"typing", "fractions", "functools", "array_api_compat"}
     allowed |= {"jax"} if file.name == "_compat.py" else set()
     for node in ast.walk(ast.parse(source)):

@@ -213,6 +213,7 @@ def test_torchrun_of_the_script_gives_the_run_of_one_process_written_once(togeth
     assert sorted(path.name for path in (folder / "two").iterdir()) == sorted(
         path.name for path in (folder / "one").iterdir()), "one process writes, once"
     assert len(re.findall("^two: policy", printed, re.MULTILINE)) == 1
+    assert len(re.findall(r"\| +adagrpo-d +\|", printed)) == 2, "of this run and of the one that was resumed"
 
 
 def test_evaluation_is_shared_out_and_the_ranker_trained_once(together):
