@@ -89,6 +89,15 @@ class Setup(NamedTuple):
     test: nano.Prompts
 
 
+def save_weights(policy, path):
+    save(path, {name: value.numpy() for name, value in policy.model.state_dict().items()})
+
+
+def load_weights(policy, path):
+    with np.load(path, allow_pickle=False) as weights:
+        policy.model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
+
+
 def prepare(cfg, world, base_file):
     """The world, the ranker, and the base policy: read from `base_file`, or trained and kept there.
 
@@ -99,12 +108,11 @@ def prepare(cfg, world, base_file):
     ranker = nano.train_ranker(data.catalogue, data.log, cfg)
     policy = nano.tiny_policy(data.catalogue, cfg)
     if base_file.exists():
-        with np.load(base_file, allow_pickle=False) as weights:
-            policy.model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
+        load_weights(policy, base_file)
     else:
         nano.train_sft(policy, data.sft, cfg, lambda **row: None)
         base_file.parent.mkdir(parents=True, exist_ok=True)
-        save(base_file, {name: value.numpy() for name, value in policy.model.state_dict().items()})
+        save_weights(policy, base_file)
     return Setup(cfg, world, data, truth, ranker, policy, copy.deepcopy(policy.model.state_dict()),
                  nano.subset(data.valid, -(-cfg.eval_prompts // 5), cfg.seed, "valid"),
                  nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test"))

@@ -19,13 +19,10 @@ import argparse
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,15 +111,13 @@ def base_policy(policy, data, ranker, valid, cfg, folder):
         if step % cfg.eval_every == 0 or step == cfg.sft_steps:
             curve.append({"step": step, "hr@10": validate(policy, ranker, valid, cfg)})
             if best_step(curve) == step:
-                best = {name: x.numpy() for name, x in policy.model.state_dict().items()}
-                measure.save(folder / "best.npz", best)
+                measure.save_weights(policy, folder / "best.npz")
 
     if not path.exists():
         nano.train_sft(policy, data.sft, cfg, lambda **row: None, on_step=on_step)
         run.write(folder / "curve.json", json.dumps(curve))
         (folder / "best.npz").replace(path)  # last: its presence means done
-    with np.load(path, allow_pickle=False) as weights:
-        policy.model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
+    measure.load_weights(policy, path)
     return json.loads((folder / "curve.json").read_text())
 
 
@@ -254,18 +249,13 @@ def section4(setup):
 # == The arms =========================================================================================================
 
 
-def random_r(difficult, reliable, batch, generator):
-    """As many as R admits of this batch, chosen at random."""
-    return reliable[torch.randperm(len(reliable), generator=generator)]
-
-
 def anti_r(difficult, reliable, batch, generator):
     """As many as R admits, chosen at random among those that it rejects (and others only if these are too few)."""
     order = (torch.rand(len(reliable), generator=generator) + reliable).argsort()
     return torch.zeros_like(reliable).index_fill(0, order[: int(reliable.sum())], True)
 
 
-CONTROLS = {"random-r": nano.Method(True, random_r), "anti-r": nano.Method(True, anti_r)}
+CONTROLS = {"random-r": nano.Method(True, measure.random_at_r), "anti-r": nano.Method(True, anti_r)}
 
 
 class Arm(NamedTuple):
@@ -360,9 +350,7 @@ def work_through(args, out, arms, tuning=False):
     tasks = [(SIZES[args.size], args.yahoo, out, seed, arms, tuning) for seed in args.seeds]
     if not args.jobs:
         return [one_seed(*task) for task in tasks]
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(one_seed, *task) for task in tasks]):
-            future.result()
+    run.side_by_side(one_seed, tasks, args.jobs)
 
 
 def tune(args):
@@ -417,9 +405,7 @@ def main(argv=None):
         args = parse(argv)
         real_data.read(args.yahoo)
         cfg = SIZES[args.size]
-        sources = [ROOT / "nanoadagrpo.py", HERE / "real.py", HERE / "real_data.py"]
-        sources += sorted((ROOT / "adagrpo_core").glob("*.py"))
-        code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+        code = run.code_of("real.py", "real_data.py", "measure.py")
         run.same_origin(args.out, {"settings": dataclasses.asdict(cfg), "code": code})
         if args.tune:
             return tune(args)

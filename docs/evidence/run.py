@@ -167,21 +167,31 @@ def work_through(size, out, work, jobs, base=True):
         for task in tasks:
             one_seed(*task)
         return
+    side_by_side(in_own_process, tasks, jobs)
+
+
+def side_by_side(function, tasks, jobs):
+    """Every task in a process of its own; the first that fails or is interrupted ends the others."""
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
-            for future in as_completed([pool.submit(in_own_process, *task) for task in tasks]):
+            for future in as_completed([pool.submit(function, *task) for task in tasks]):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
+def code_of(*files):
+    """A checksum of the code that makes units: the script, these files beside this one, and the core."""
+    sources = [ROOT / "nanoadagrpo.py", *(HERE / file for file in files), *sorted((ROOT / "adagrpo_core").glob("*.py"))]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
 def fingerprint(size):
     """What the units depend on: settings, world, and the code that makes them. Not the code that reports them."""
     cfg, world, widths = SIZES[size]
-    sources = [ROOT / "nanoadagrpo.py", HERE / "measure.py", *sorted((ROOT / "adagrpo_core").glob("*.py"))]
     return {"settings": dataclasses.asdict(cfg), "world": dataclasses.asdict(world), "widths": widths,
-            "code": hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()}
+            "code": code_of("measure.py")}
 
 
 def same_origin(out, made):

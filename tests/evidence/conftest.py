@@ -12,6 +12,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+def interrupted_at(patch, module, n):
+    """The nth arm that `module` runs is interrupted. Returns what it was before."""
+    whole, begun = module.run_arm, []
+
+    def run_arm(*given):
+        begun.append(given)
+        if len(begun) == n:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    patch.setattr(module, "run_arm", run_arm)
+    return whole
+
+
 @pytest.fixture(scope="session")
 def setup(tmp_path_factory):
     """One seed of the small size, ready for its arms."""

@@ -16,6 +16,8 @@ import torch
 
 import nanoadagrpo as nano
 
+from .conftest import interrupted_at
+
 CFG = dataclasses.replace(real.SIZES["small"], beam_width=12)
 
 
@@ -244,15 +246,7 @@ def finished(yahoo, tmp_path_factory):
         patch.setattr(real, "RATES", (1e-3,))
         patch.setattr(real, "LAMBDAS", {"grpo+nll": (1.0,), "adagrpo": (5.0,)})
         doses = real.main(["--tune", "--seeds", "2", *common])
-        whole, begun = real.run_arm, []
-
-        def interrupted(setup, arm, tuning):
-            begun.append(arm)
-            if len(begun) == 3:
-                raise KeyboardInterrupt
-            return whole(setup, arm, tuning)
-
-        patch.setattr(real, "run_arm", interrupted)
+        whole = interrupted_at(patch, real, 3)
         with pytest.raises(KeyboardInterrupt):
             real.main(["--seeds", "100", "--page", str(page), *common])
         before = {path: path.stat().st_mtime_ns for path in (out / "seed-100").glob("*.json")}

@@ -14,6 +14,8 @@ from measure import ARMS, Arm
 
 from nanoadagrpo import UserError
 
+from .conftest import interrupted_at
+
 SETTINGS = run.SIZES["default"][0]
 DEFAULT = f"_bait1_lam{SETTINGS.lam:g}_lr{SETTINGS.lr:g}"
 
@@ -66,15 +68,7 @@ def finished(tmp_path_factory):
         patch.setattr(run, "BAITS", (0.0, 1.0))
         run.main(["--tune", "--seeds", "2", "--baits", "1", *common])
 
-        whole, begun = measure.run_arm, []
-
-        def interrupted(setup, arm, scope):
-            begun.append(arm)
-            if len(begun) == 4:
-                raise KeyboardInterrupt
-            return whole(setup, arm, scope)
-
-        patch.setattr(measure, "run_arm", interrupted)
+        whole = interrupted_at(patch, measure, 4)
         with pytest.raises(KeyboardInterrupt):
             run.main(["--seeds", "0,1", "--knob-seeds", "1", *common])
         before = {path: path.stat().st_mtime_ns for path in folder.glob("seed-*/*.json")}
