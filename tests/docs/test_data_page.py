@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fences import blocks
 
 import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-EXAMPLES = [block for block in re.findall(r"^```text\n(.*?)^```$", PAGE, flags=re.M | re.S) if block.startswith("== ")]
-WRITE_LOG, WRITE_SHOP, USE_SHOP = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+EXAMPLES = [block for block in blocks(PAGE, "text") if block.startswith("== ")]
+WRITE_LOG, WRITE_SHOP, USE_SHOP = blocks(PAGE)
 TINY = shlex.split("--device cpu --sft-steps 3 --sft-batch-size 4 --rl-steps 2 --batch-size 2 --group-size 4 "
                    "--beam-width 4 --eval-every 1")
 WORLD = nano.World(codes=6, items=60, users=60, impressions=8)

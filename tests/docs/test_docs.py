@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fences import FENCE
 from test_data_page import EXAMPLES, TINY, unpack
 
 import adagrpo_core as core
@@ -24,8 +25,6 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 every_page = pytest.mark.parametrize("page", PAGES)
 WALKTHROUGH, EQUATIONS, METRICS = (PAGES[f"docs/{name}.md"] for name in ("walkthrough", "equations", "metrics"))
-
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 
 
 def prose(text):
@@ -47,12 +46,12 @@ RUNNABLE = [page for page, text in PAGES.items() if "```python" in text and page
 
 def play(text):
     """(code, what the page says it prints, what it prints) of each block, one after the other in one namespace."""
-    blocks = [(match[1], match[2], match.start(), match.end()) for match in FENCE.finditer(text)]
+    fences = [(match[1], match[2], match.start(), match.end()) for match in FENCE.finditer(text)]
     names = {"__name__": "page"}
-    for i, (language, code, _, end) in enumerate(blocks):
+    for i, (language, code, _, end) in enumerate(fences):
         if language != "python":
             continue
-        follows = blocks[i + 1] if i + 1 < len(blocks) else None
+        follows = fences[i + 1] if i + 1 < len(fences) else None
         says = follows[1] if follows and follows[0] == "text" and not text[end : follows[2]].strip() else ""
         says = follows[1] if says else ""
         with contextlib.redirect_stdout(io.StringIO()) as printed:

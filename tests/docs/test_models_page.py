@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Code of docs/models.md that tests/nano/test_models.py does not run: the rows put back into the large model."""
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from fences import blocks
 from safetensors.torch import load_file
 from test_commands import SMALL, model, shop
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-OWN, PUT_BACK = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+OWN, PUT_BACK = blocks(PAGE)
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,18 @@
 """docs/recommend.md: its blocks, played one after the other, find the likeliest items, for one user and for a file."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from fences import blocks
 from test_commands import SMALL, model, shop
 
 import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recommend.md").read_text(encoding="utf-8")
-SOME, MANY = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+SOME, MANY = blocks(PAGE)
 
 # Equal histories, an empty one, one longer than the run's, and one that has every item but two.
 HISTORIES = [["0", "7"], ["3"], ["0", "7"], [], [str(i % 12) for i in range(25)], [str(i) for i in range(10)]]

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fences import blocks
 
 import nanoadagrpo as nano
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-FILES, RECOMMEND = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
-SAYS_FILES, SAYS_SCREEN, SAYS_ITEMS = re.findall(r"^```text\n(.*?)^```$", PAGE, flags=re.M | re.S)
+FILES, RECOMMEND = blocks(PAGE)
+SAYS_FILES, SAYS_SCREEN, SAYS_ITEMS = blocks(PAGE, "text")
 COMMAND = re.search(r"^    python nanoadagrpo\.py (.*)$", PAGE, flags=re.M)[1]
 
 
