@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import time
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import scipy.stats
@@ -213,11 +214,8 @@ def registered(method, truth, tally):
         return clip
 
     name = f"{method}, counted"
-    nano.METHODS[name] = known._replace(admit=admit if known.admit else None)
-    try:
+    with mock.patch.dict(nano.METHODS, {name: known._replace(admit=admit if known.admit else None)}):
         yield name
-    finally:
-        del nano.METHODS[name]
 
 
 def true_reward(truth, prompts):

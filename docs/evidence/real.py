@@ -25,6 +25,7 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch; jobs are processes, each on one core
 HERE = Path(__file__).resolve().parent
@@ -287,13 +288,9 @@ def run_arm(setup, arm, tuning=False):
     cfg = dataclasses.replace(setup.cfg, lam=arm.lam, lr=arm.lr)
     ranker = setup.rankers[arm.reward or "rated"]
     setup.policy.model.load_state_dict(setup.base)
-    nano.METHODS.update(CONTROLS)
-    try:
+    with mock.patch.dict(nano.METHODS, CONTROLS):
         nano.train_rl(setup.policy, nano.make_reward(ranker, cfg), setup.data.rl, cfg, arm.name,
                       lambda **row: rows.append(row))
-    finally:
-        for name in CONTROLS:
-            del nano.METHODS[name]
     keys = [key for key in ("admitted", "reliable", "difficult", "invalid_rollouts", "reward") if key in rows[0]]
     found = {**arm._asdict(), **{key: float(np.mean([row[key] for row in rows])) for key in keys}, "arrays": {}}
     found["valid"] = validate(setup.policy, ranker, setup.valid, cfg)

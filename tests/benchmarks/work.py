@@ -9,6 +9,7 @@ Nothing here needs TRL but `trl_trainer`.
 
 import copy
 import dataclasses
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +83,16 @@ def settings(B, K, **changes):
                             "rl_steps": 10_000, **changes})
 
 
+OWN = {}  # methods of the benchmarks alone: the script has them while one of its steps is run
+
+
 def steps(policy, prompts, cfg, method="grpo"):
     """A generator of whole steps of the script: next() is rollout, reward, gate, loss, backward, AdamW, diagnostics.
 
     Each is a call of `train_rl` that goes on from the one before, as a resumed run does, but without a checkpoint.
     """
-    kept, saved = nano.Optimizer(policy.model, cfg.lr if nano.METHODS[method].supervised else cfg.grpo_lr,
-                                 cfg.rl_steps * cfg.updates), {}
+    supervised = (nano.METHODS | OWN)[method].supervised
+    kept, saved = nano.Optimizer(policy.model, cfg.lr if supervised else cfg.grpo_lr, cfg.rl_steps * cfg.updates), {}
     for step in range(cfg.rl_steps):
         def begin(optimizer, generators, step=step):
             optimizer.adamw, optimizer.schedule = kept.adamw, kept.schedule
@@ -96,8 +100,9 @@ def steps(policy, prompts, cfg, method="grpo"):
             saved.update(generators)
             return step
 
-        nano.train_rl(policy, reward, prompts, dataclasses.replace(cfg, rl_steps=step + 1), method,
-                      lambda **row: None, begin)
+        with mock.patch.dict(nano.METHODS, OWN):
+            nano.train_rl(policy, reward, prompts, dataclasses.replace(cfg, rl_steps=step + 1), method,
+                          lambda **row: None, begin)
         yield
 
 
@@ -107,7 +112,7 @@ def admitting(n):
         core.sample_clip(difficult, reliable)
         return torch.arange(len(difficult)) < n
 
-    nano.METHODS[f"admits {n}"] = nano.Method(True, admit)
+    OWN[f"admits {n}"] = nano.Method(True, admit)
     return f"admits {n}"
 
 

@@ -75,6 +75,12 @@ def test_rows_without_a_peer_run_and_are_written_between_the_markers(tmp_path, c
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "| new |" in text and "old" not in text
 
 
+def test_a_method_of_the_benchmarks_is_none_of_the_script_behind_its_step():
+    before, policy = dict(nano.METHODS), work.a_policy("tiny", 20)
+    next(work.steps(policy, work.some_prompts(policy, 4, 20), work.settings(2, 4), work.admitting(1)))
+    assert before == nano.METHODS
+
+
 def test_the_benchmark_of_logs_and_of_the_constrained_search_runs(tmp_path, capsys):
     feedback.million(tmp_path, rows=20, shown=3)
     feedback.constrained(200, 8, B=2, width=5, turns=1)
