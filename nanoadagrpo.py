@@ -629,13 +629,13 @@ def load_data(folder, cfg):
         n = len(shown) - int(len(shown) * cfg.log_holdout)
         log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(shown) else None
         origin = f"{n} of {len(shown)} rows of log{ending}"
-    else:  # the ranker learns to tell what was bought from 15 items drawn by popularity
+    else:  # the ranker learns to tell what was bought from 15 other items
         n, bought = len(train.target), train.target[:, None]
         generator = make_generator(cfg.seed, "negatives of the ranker", device)
-        others = torch.randint(n, (n, 15), generator=generator, device=device)
-        item = torch.cat([bought, train.target[others]], 1)
+        others = torch.randint(catalogue.N, (n, 15), generator=generator, device=device)
+        item = torch.cat([bought, others], 1)
         log, holdout = ImpressionLog(train.history, item, item == bought, None), None
-        origin = f"train{ending}, what was bought against 15 popular items (there is no log{ending})"
+        origin = f"train{ending}, what was bought against 15 items at random (there is no log{ending})"
     return Data(catalogue, train, rl, valid, test, log, holdout, origin)
 
 

@@ -74,19 +74,29 @@ class Setup(NamedTuple):
     liked: np.ndarray  # (n, R) boolean
 
 
+def against_popular(prompts, cfg):
+    """The exposure log of (c): each target as clicked, and 15 targets of other rows as shown and not clicked."""
+    n, bought = len(prompts.target), prompts.target[:, None]
+    generator = nano.make_generator(cfg.seed, "negatives of the ranker", cfg.device)
+    others = torch.randint(n, (n, 15), generator=generator, device=cfg.device)
+    item = torch.cat([bought, prompts.target[others]], 1)
+    return nano.ImpressionLog(prompts.history, item, item == bought, None)
+
+
 @functools.lru_cache(1)
 def prepare(cfg, yahoo, folder, tuning):
     """The files, the rankers, and the base policy: read from `folder`, or trained and kept there."""
     ratings = real_data.read(yahoo)
     mine, files = real_data.split(ratings, cfg.seed), folder / "data"
     real_data.write(mine, ratings.items, files, cfg)
-    data, rankers, learnt = nano.load_data(files, cfg), {}, {}  # without a log it draws 15 items by popularity itself
+    data, rankers, learnt = nano.load_data(files, cfg), {}, {}
     for name in ("rated", "uniform"):
         logged = nano.load_data(files / name, cfg)
         rankers[name] = nano.train_ranker(data.catalogue, logged.log, cfg)
         learnt[name] = nano.judge_ranker(rankers[name], logged.holdout)["click_auc"]
     if not tuning:
-        rankers["popular"], learnt["popular"] = nano.train_ranker(data.catalogue, data.log, cfg), float("nan")
+        rankers["popular"] = nano.train_ranker(data.catalogue, against_popular(data.sft, cfg), cfg)
+        learnt["popular"] = float("nan")  # no row of this log is kept out
     valid = nano.subset(data.valid, cfg.eval_prompts, cfg.seed, "valid")
     policy = nano.tiny_policy(data.catalogue, cfg)
     curve = base_policy(policy, data, rankers["rated"], valid, cfg, folder)

@@ -4,10 +4,12 @@
     python tests/benchmarks/speed.py                        # every row; about half an hour on one core
     python tests/benchmarks/speed.py --rows step-16-60 beams-60
     python tests/benchmarks/speed.py --quick                # every check and the smallest sizes: is it in order?
+    python tests/benchmarks/speed.py --device cuda          # the rows of a GPU, products in bfloat16 on both sides
 
 Each row first checks that both sides compute the same, then times them in turn in one process: CPU time of one thread,
 which a busy machine disturbs less than the clock on the wall. What is printed is the median of the ratios of
-neighbours, and their quartiles. Rows with TRL need `pip install -e '.[nano,peers]'`.
+neighbours, and their quartiles. On a GPU it is the time on the wall, from when the GPU is idle until it is idle again.
+Rows with TRL need `pip install -e '.[nano,peers]'`.
 """
 
 import argparse
@@ -48,12 +50,20 @@ def row(name, says, peer, target, **how):
     return enter
 
 
+def clock():
+    """CPU seconds of this process; on a GPU seconds on the wall, all its work being done."""
+    if work.DEVICE == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(function):
-    """CPU seconds of one call."""
+    """Of one call."""
     gc.collect()
-    began = time.process_time()
+    began = clock()
     function()
-    return time.process_time() - began
+    return clock() - began
 
 
 def in_turn(ours, theirs, times):
@@ -88,48 +98,65 @@ class Turns(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_):
         gc.collect()
-        self.began = time.process_time()
+        self.began = clock()
 
     def on_step_end(self, args, state, control, **_):
-        theirs = time.process_time() - self.began
+        theirs = clock() - self.began
         self.pairs.append([*(statistics.median(seconds(f) for _ in range(3)) for f in self.ours), theirs])
         control.should_training_stop = len(self.pairs) > self.times
 
 
 @functools.cache  # two rows of the table come from one run
-def against_trl(shape, B, K, T, times):
-    """{method: [(its seconds, TRL's)]} of neighbouring steps, and how well the two agree."""
+def against_trl(shape, B, K, T, times, words=work.V):
+    """{method: [(its seconds, TRL's)]} of neighbouring steps, and how well the two agree.
+
+    With more `words`, TRL has the model as it is, and the script the one that is cut; then there is another softmax.
+    """
     policy = work.a_policy(shape, T)
-    methods = ["grpo"] if shape == "smollm2" else ["grpo", "nll", work.admitting(0), work.admitting(1)]
+    methods = ["grpo", "nll", work.admitting(0), work.admitting(max(1, round(0.1 * B)))]
     prompts = work.some_prompts(policy, 4 * B, T)
-    checked = work.trl_agrees(policy, prompts, K)
-    trainer = work.trl_trainer(policy, prompts, B, K, T, checked)
+    checked = work.trl_agrees(policy, prompts, K) if words == work.V else None
+    model = policy.model if words == work.V else work.a_policy(shape, T, words=words).model
+    trainer = work.trl_trainer(policy, prompts, B, K, T, checked, model)
     mine = [work.steps(work.copied(policy), prompts, work.settings(B, K), method) for method in methods]
     turns = Turns([lambda s=s: next(s) for s in mine], times)
     trainer.add_callback(turns)
     trainer.train()
     *ours, theirs = zip(*turns.pairs[1:], strict=True)
-    return {name: list(zip(mine, theirs, strict=True)) for name, mine in zip(methods, ours, strict=True)}, trainer.noted
+    pairs = {name: list(zip(mine, theirs, strict=True)) for name, mine in zip(methods, ours, strict=True)}
+    return pairs, trainer.noted or {}
 
 
-@row("smollm2", "step, SmolLM2-135M's layers, K=16, T=61, B=4", "TRL", 15, shape="smollm2", K=16, T=61, B=4, few=True)
-@row("step-50-200", "step, K=50, T=200, B=2", "TRL", 45, shape="tiny", K=50, T=200, B=2)
-@row("step-50-60", "step, K=50, T=61, B=4", "TRL", 26, shape="tiny", K=50, T=61, B=4)
-@row("step-16-60", "step (rollout, loss, backward, AdamW), K=16, T=61, B=8", "TRL", 15, shape="tiny", K=16, T=61, B=8)
-def whole_step(quick, times, shape, K, T, B, few=False):
-    pairs, same = against_trl("smoke" if quick else shape, B, K, T, min(times, 3) if few else times)
+@row("gpu-step-0.6", "step, Qwen3-0.6B's sizes, K=16, T=61, B=16", "TRL", None, shape="0.6 B", K=16, T=61, B=16)
+@row("gpu-step-135", "step, SmolLM2-135M's layers, K=16, T=61, B=32", "TRL", None, shape="smollm2", K=16, T=61, B=32)
+@row("smollm2-all", "step, SmolLM2-135M's layers, 49,152 words that only TRL keeps, K=16, T=61, B=4", "TRL", 12,
+     shape="smollm2", K=16, T=61, B=4, words=49152)
+@row("smollm2", "step, SmolLM2-135M's layers, K=16, T=61, B=4", "TRL", 12, shape="smollm2", K=16, T=61, B=4)
+@row("step-50-200", "step, K=50, T=200, B=2", "TRL", None, shape="tiny", K=50, T=200, B=2)
+@row("step-50-60", "step, K=50, T=61, B=4", "TRL", 18, shape="tiny", K=50, T=61, B=4)
+@row("step-16-60", "step (rollout, loss, backward, AdamW), K=16, T=61, B=8", "TRL", 11.5, shape="tiny", K=16, T=61, B=8)
+def whole_step(quick, times, shape, K, T, B, words=work.V):
+    pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words)
     return ratios(pairs["grpo"], same=same)
 
 
-@row("tenth-50-200", "AdaGRPO step with NLL, 10 % admitted, K=50, T=200, B=2", "TRL, plain GRPO", 60, K=50, T=200, B=2)
-@row("tenth-50-60", "AdaGRPO step with NLL, 10 % admitted, K=50, T=61, B=4", "TRL, plain GRPO", 35, K=50, T=61, B=4)
-@row("tenth-16-60", "AdaGRPO step with NLL, 10 % admitted, K=16, T=61, B=8", "TRL, plain GRPO", 18, K=16, T=61, B=8)
-def a_tenth(quick, times, K, T, B):
-    """Steps in which nobody and in which one prompt is admitted, weighed so that a tenth of the prompts are."""
-    pairs, same = against_trl("smoke" if quick else "tiny", B, K, T, times)
-    share = 0.1 * B  # of the steps that admit one
+@row("gpu-tenth-0.6", "AdaGRPO step with NLL, 10 % admitted, Qwen3-0.6B's sizes, K=16, T=61, B=16", "TRL, plain GRPO",
+     None, shape="0.6 B", K=16, T=61, B=16)
+@row("gpu-tenth-135", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, K=16, T=61, B=32",
+     "TRL, plain GRPO", None, shape="smollm2", K=16, T=61, B=32)
+@row("tenth-smollm2-all", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, 49,152 words, K=16, T=61, B=4",
+     "TRL, plain GRPO", 14, shape="smollm2", K=16, T=61, B=4, words=49152)
+@row("tenth-50-200", "AdaGRPO step with NLL, 10 % admitted, K=50, T=200, B=2", "TRL, plain GRPO", 51, K=50, T=200, B=2)
+@row("tenth-50-60", "AdaGRPO step with NLL, 10 % admitted, K=50, T=61, B=4", "TRL, plain GRPO", 29, K=50, T=61, B=4)
+@row("tenth-16-60", "AdaGRPO step with NLL, 10 % admitted, K=16, T=61, B=8", "TRL, plain GRPO", 14.5, K=16, T=61, B=8)
+def a_tenth(quick, times, K, T, B, shape="tiny", words=work.V):
+    """Steps in which nobody and in which one prompt is admitted, weighed so that a tenth of the prompts are.
+
+    With more than ten prompts a tenth of a batch is admitted, in whole prompts."""
+    pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words)
+    share = min(1, 0.1 * B)  # of the steps that admit one
     mixed = [((1 - share) * none + share * one, theirs)
-             for (none, theirs), (one, _) in zip(pairs["admits 0"], pairs["admits 1"], strict=True)]
+             for (none, theirs), (one, _) in zip(*list(pairs.values())[2:], strict=True)]
     nll, grpo = (statistics.median(ours / other for (ours, _), (other, _) in zip(mixed, pairs[name], strict=True))
                  for name in ("nll", "grpo"))
     return ratios(mixed, same=same, note=f"{nll:.2f} x NLL alone, {grpo:.2f} x plain GRPO (both ours)")
@@ -138,27 +165,36 @@ def a_tenth(quick, times, K, T, B):
 # -- beam search against Hugging Face ----------------------------------------------------------------------------------
 
 
-@row("beams-200", "beam search of width 50, T=200", "Hugging Face generate", 60, T=200, B=2)
-@row("beams-60", "beam search of width 50, T=61", "Hugging Face generate", 25, T=61, B=4)
-def beams(quick, times, T, B, width=50):
-    policy = work.a_policy("smoke" if quick else "tiny", T)
+@row("constrained-200", "the same with --constrained, 3,000 items, T=200", "generate, prefix_allowed_tokens_fn", 40,
+     T=200, B=2, constrained=True)
+@row("constrained-60", "the same with --constrained, 3,000 items, T=61", "generate, prefix_allowed_tokens_fn", 23,
+     T=61, B=4, constrained=True)
+@row("gpu-beams-0.6", "beam search of width 50, Qwen3-0.6B's sizes, T=61, B=16", "Hugging Face generate", None,
+     T=61, B=16, shape="0.6 B")
+@row("beams-200", "beam search of width 50, T=200", "Hugging Face generate", 41, T=200, B=2)
+@row("beams-60", "beam search of width 50, T=61", "Hugging Face generate", 18, T=61, B=4)
+def beams(quick, times, T, B, shape="tiny", constrained=False, width=50):
+    policy = work.a_policy("smoke" if quick else shape, T)
     history = work.some_prompts(policy, B, T).history
-    same = work.check_beams(policy, history, width)
+    allowed = work.allowed_tokens(policy.catalogue) if constrained else None
+    policy.allowed = policy.catalogue if constrained else None
+    same = work.check_beams(policy, history, width, allowed)
     pairs = in_turn(lambda: [work.our_beams(policy, history, width) for _ in range(5)],
-                    lambda: work.their_beams(policy, history, width), times)
+                    lambda: work.their_beams(policy, history, width, allowed), times)
     return ratios([(ours / 5, theirs) for ours, theirs in pairs], same=same)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-@row("memory", "peak memory of a step, K=50, T=200, B=2, beyond model and optimizer", "TRL", 15)
+@row("memory", "peak memory of a step, K=50, T=200, B=2, beyond model and optimizer", "TRL", 30)
 def memory(quick, times):
     """Each side in a process of its own, which gives freed memory back at once."""
     sizes = [[], []]
     for _ in range(1 if quick else 2):
         for side, found in zip(("ours", "theirs"), sizes, strict=True):
-            command = [sys.executable, __file__, "--memory-of", side, *(["--quick"] if quick else [])]
+            command = [sys.executable, __file__, "--memory-of", side, *(["--quick"] if quick else []), "--device",
+                       work.DEVICE]
             freeing = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
             done = subprocess.run(command, env=freeing, capture_output=True, text=True)
             if done.returncode:
@@ -170,6 +206,9 @@ def memory(quick, times):
 
 
 def resident(key):
+    """Bytes of this process, now (VmRSS) or at most (VmHWM); on a GPU, of its tensors."""
+    if work.DEVICE != "cpu":
+        return (torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated)()
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
 
@@ -182,8 +221,11 @@ def memory_of(side, quick):
 
     def begin():
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        if work.DEVICE == "cpu":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        else:
+            torch.cuda.reset_peak_memory_stats()
         return resident("VmRSS")
 
     if side == "ours":
@@ -211,11 +253,12 @@ def memory_of(side, quick):
 # -- against the machine, and against ourselves ------------------------------------------------------------------------
 
 
-def sgemm():
-    """Multiplications and additions per CPU second, in the best of a few products of large matrices."""
-    a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
-    torch.mm(a, b, out=out)
-    return max(4 * 2 * 1024**3 / seconds(lambda: [torch.mm(a, b, out=out) for _ in range(4)]) for _ in range(3))
+def matmul_rate():
+    """Multiplications and additions per second, in the best of a few products of large matrices."""
+    n, repeat = (1024, 4) if work.DEVICE == "cpu" else (8192, 20)
+    a, b = torch.randn(2, n, n, device=work.DEVICE, dtype=torch.bfloat16 if work.BF16 else torch.float32)
+    out = torch.mm(a, b)
+    return max(repeat * 2 * n**3 / seconds(lambda: [torch.mm(a, b, out=out) for _ in range(repeat)]) for _ in range(3))
 
 
 def flops(function):
@@ -230,20 +273,33 @@ def flops(function):
     return counter.get_total_flops()
 
 
-@row("peak", "share of the core's measured peak in products, SmolLM2-135M's layers, K=16, T=61, B=4", "measured sgemm",
-     0.60)
-def share_of_peak(quick, times):
+@row("gpu-mfu-all", "the same, 0.6 B, K=16, T=61, B=64, GRPO+NLL: everyone admitted", "measured product", None,
+     shape="0.6 B", B=64, method="grpo+nll")
+@row("gpu-mfu-none", "the same, 0.6 B, K=16, T=61, B=64: nobody admitted", "measured product", None,
+     shape="0.6 B", B=64, method="admits 0")
+@row("gpu-mfu-1.7", "the same, 1.7 B, K=16, T=61, B=64, GRPO+NLL: everyone admitted", "measured product", None,
+     shape="1.7 B", B=64, method="grpo+nll")
+@row("peak", "share of the measured peak in products, SmolLM2-135M's layers, K=16, T=61, B=4", "measured product", 0.60)
+def share_of_peak(quick, times, shape="smollm2", B=4, method="grpo"):
     """What is counted are the products that the step needs; everything else that it does costs time alone."""
-    policy = work.a_policy("smoke" if quick else "smollm2")
-    mine = work.steps(policy, work.some_prompts(policy, 16, 61), work.settings(4, 16))
+    work.admitting(0)
+    policy = work.a_policy("smoke" if quick else shape)
+    mine = work.steps(policy, work.some_prompts(policy, 4 * B, 61), work.settings(B, 16), method)
     next(mine)
     needed = flops(lambda: next(mine))
-    found = []
+    if work.DEVICE != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    found, spent = [], []
     for _ in range(min(times, 5)):
-        before, spent, after = sgemm(), seconds(lambda: next(mine)), sgemm()
-        found.append(needed / spent / ((before + after) / 2))
+        before, took, after = matmul_rate(), seconds(lambda: next(mine)), matmul_rate()
+        spent.append(took)
+        found.append(needed / took / ((before + after) / 2))
     low, middle, high = quartiles(found)
-    return dict(low=low, middle=middle, high=high, n=len(found), unit="", note=f"{needed / 1e9:.0f} GFLOP")
+    took = statistics.median(spent)
+    note = f"{needed / 1e9:,.0f} GFLOP in {1000 * took:.0f} ms, {needed / took / 1e12:.3g} TFLOP/s"
+    if work.DEVICE != "cpu":
+        note += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most"
+    return dict(low=low, middle=middle, high=high, n=len(found), unit="", note=note)
 
 
 @row("growth", "K from 16 to 64 at T=200, B=2: time of a step", "itself", -1.6)
@@ -254,15 +310,17 @@ def growth(quick, times, T=200, B=2):
     return ratios(in_turn(lambda: [next(few) for _ in range(3)], lambda: [next(many) for _ in range(3)], times))
 
 
-@row("core", "core functions, forward and backward, B=64, K=32, M=4", "torch by hand", -1.05)
-def core_functions(quick, times, repeat=50):
-    case = work.core_case()
-    same = work.check_core(case)
+@row("core-bare", "the same", "torch by hand, which trusts its input", None, hand="hand_loss")
+@row("core", "core functions, forward and backward, B=64, K=32, M=4", "torch by hand, with the core's protections",
+     -1.15, hand="guarded_loss")
+def core_functions(quick, times, hand, repeat=50):
+    case, hand = work.core_case(), getattr(work, hand)
+    same = work.check_core(case, hand)
 
     def of(loss):
         return lambda: [torch.autograd.grad(loss(*case), case[:2]) for _ in range(2 if quick else repeat)]
 
-    return ratios(in_turn(of(work.hand_loss), of(work.core_loss), times), same=same)
+    return ratios(in_turn(of(hand), of(work.core_loss), times), same=same)
 
 
 @row("toy-all", "--toy --method all, CPU time of everything", "on 2 cores", -150, arguments=["--method", "all"])
@@ -327,13 +385,13 @@ def met(target, value):
 
 def line(name, result):
     says, peer, target, _ = ROWS[name]
-    unit, digits = result["unit"], 2 if abs(target) < 5 else 1
+    unit, digits = result["unit"], 2 if result["middle"] < 5 else 1
     low, middle, high = (f"{result[key]:.{digits}f}" for key in ("low", "middle", "high"))
-    limit = f"{'at least' if target > 0 else 'at most'} {abs(target):g}{unit}"
+    limit = f"{'at least' if target > 0 else 'at most'} {abs(target):g}{unit}" if target else ""
     spread = f"{low} to {high} ({result['n']})" if result["n"] > 1 else "once"
     times = [f"{1000 * result[key]:,.0f}" for key in ("ours", "theirs") if result.get(key)]
-    return [says, peer, limit, f"{middle}{unit}", spread, " / ".join(times), "yes" if met(target, result["middle"])
-            else "**no**", result.get("note", "")]
+    reached = ("yes" if met(target, result["middle"]) else "**no**") if target else ""
+    return [says, peer, limit, f"{middle}{unit}", spread, " / ".join(times), reached, result.get("note", "")]
 
 
 def markdown(rows):
@@ -349,9 +407,11 @@ def machine():
                 if importlib.util.find_spec(name)]
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT,
                             capture_output=True, text=True).stdout.strip()
-    return (f"{cpu}, {os.cpu_count()} cores of which one is used, shared with others; Python "
-            f"{platform.python_version()}, {', '.join(versions)}, float32, sgemm {sgemm() / 1e9:.0f} GFLOP/s in one "
-            f"thread; seed 0; commit {commit}")
+    if work.DEVICE != "cpu":
+        cpu = f"{torch.cuda.get_device_name()}, {cpu}"
+    return (f"{cpu}, {os.cpu_count()} cores of which one is used; Python {platform.python_version()}, "
+            f"{', '.join(versions)}, {'bfloat16' if work.BF16 else 'float32'}, products of large matrices "
+            f"{matmul_rate() / 1e9:,.0f} GFLOP/s; seed 0; commit {commit}")
 
 
 def write(text, what="table", page=ROOT / "docs" / "benchmarks.md"):
@@ -369,9 +429,11 @@ def main(argv=None):
     parser.add_argument("--results", default="", help="a JSON file to add to, so that rows can be run one by one")
     parser.add_argument("--sizes", action="store_true", help="instead: how a step's time grows with each size")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="a GPU has rows of its own, too")
     parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
+    work.DEVICE, work.BF16 = given.device, given.device == "cuda"
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     if given.memory_of:
@@ -388,7 +450,9 @@ def main(argv=None):
         return {}
     saved = Path(given.results) if given.results else None
     results = json.loads(saved.read_text()) if saved and saved.exists() else {}
-    for name in given.rows or list(ROWS):
+    on_cpu = "growth", "peak", "toy", "toy-all"
+    usual = [name for name in ROWS if (name not in on_cpu if given.device == "cuda" else not name.startswith("gpu-"))]
+    for name in given.rows or usual:
         if "TRL" in ROWS[name][1] and not importlib.util.find_spec("trl"):
             print(f"{name}: left out, TRL is not installed", flush=True)
             continue
@@ -399,11 +463,15 @@ def main(argv=None):
         if saved:
             saved.write_text(json.dumps(results, indent=1))
     order = ["step-16-60", "step-50-60", "step-50-200", "tenth-16-60", "tenth-50-60", "tenth-50-200", "smollm2",
-             "beams-60", "beams-200", "memory", "peak", "growth", "core", "toy", "toy-all"]
+             "smollm2-all", "tenth-smollm2-all", "gpu-step-135", "gpu-tenth-135", "gpu-step-0.6", "gpu-tenth-0.6",
+             "beams-60", "constrained-60", "beams-200", "constrained-200", "gpu-beams-0.6", "memory", "peak",
+             "gpu-mfu-all", "gpu-mfu-none", "gpu-mfu-1.7", "growth", "core", "core-bare", "toy", "toy-all"]
     text = markdown([line(name, results[name]) for name in order if name in results])
     print("\n" + text)
     if given.write:
-        write(f"{text}\n\n{machine()}.")
+        write(f"{text}\n\n{machine()}.", "table" if given.device == "cpu" else "GPU")
+    else:
+        print(machine())
     return results
 
 

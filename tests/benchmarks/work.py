@@ -9,6 +9,8 @@ Nothing here needs TRL but `trl_trainer`.
 
 import copy
 import dataclasses
+import math
+from fractions import Fraction
 from unittest import mock
 
 import torch
@@ -19,10 +21,15 @@ import adagrpo_core as core
 import nanoadagrpo as nano
 
 L, V = 3, 1000
+DEVICE, BF16 = "cpu", False  # where all of it happens, and whether products are in bfloat16: speed.py says so
 SHAPES = {
     "tiny": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4),
     "smollm2": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                     num_key_value_heads=3, rope_theta=100000.0),  # SmolLM2-135M but for its vocabulary
+    "0.6 B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                  num_key_value_heads=8, head_dim=128),  # Qwen3-0.6B's sizes in a Llama
+    "1.7 B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+                  num_key_value_heads=8, head_dim=128),  # Qwen3-1.7B's
     "smoke": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
 }
 
@@ -31,7 +38,7 @@ class AnyCombination(nano.Catalogue):
     """Items as ever, but every combination of tokens is one of them: a random model would hit none."""
 
     def item(self, tokens):
-        mixed = tokens @ torch.tensor([31**level for level in range(self.L)])
+        mixed = sum(tokens[..., level] * 31**level for level in range(self.L))  # a GPU has no product of integers
         return (super().item(tokens).clamp(max=0) + mixed) % self.N
 
 
@@ -39,22 +46,26 @@ def a_policy(shape="tiny", T=61, L=L, N=3000, words=V, seed=0, **config):
     """A policy for prompts of T tokens: whole items, the query token, and a start token if that is what is missing."""
     start = T % L == 2
     S = words - 1 - start
+    N = max(N, S)
     generator = torch.Generator().manual_seed(seed)
     level = torch.tensor([S // L] * (L - 1) + [S - (L - 1) * (S // L)])
     sids = (torch.rand(N - S, L, generator=generator) * level).long()
     sids = torch.cat([(torch.arange(S).unsqueeze(1) % level), sids])  # every word is there
-    catalogue = AnyCombination(list(dict.fromkeys(map(tuple, sids.tolist()))))
+    catalogue = AnyCombination(list(dict.fromkeys(map(tuple, sids.tolist()))), DEVICE)
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=words, max_position_embeddings=1024, tie_word_embeddings=True,
                          initializer_range=0.05, bos_token_id=S + 1 if start else None, eos_token_id=None,
                          pad_token_id=None, **{**SHAPES[shape], **config})
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-    return nano.Policy(model, catalogue, nano.Settings(device="cpu"))
+    policy = nano.Policy(model, catalogue, nano.Settings(device=DEVICE))
+    policy.bf16 = BF16
+    return policy
 
 
 def copied(policy):
     """The same policy on a model of its own, to train."""
     other = copy.copy(policy)
+    vars(other).pop("trained", None)
     other.model = copy.deepcopy(policy.model)
     return other
 
@@ -63,6 +74,7 @@ def some_prompts(policy, n, T, seed=0):
     generator, N, H = torch.Generator().manual_seed(seed), policy.catalogue.N, T // policy.catalogue.L
     prompts = nano.Prompts(torch.randint(N, (n, H), generator=generator), torch.randint(N, (n,), generator=generator),
                            torch.arange(n))
+    prompts = nano.Prompts(*(x.to(DEVICE) for x in prompts))
     assert prompt_ids(policy, prompts.history).shape == (n, T), f"whole items do not make a prompt of {T} tokens"
     return prompts
 
@@ -79,7 +91,7 @@ def reward(history, item):
 
 
 def settings(B, K, **changes):
-    return nano.Settings(**{"device": "cpu", "batch_size": B, "group_size": K, "lam": 1.0, "lr": 1e-4, "grpo_lr": 1e-4,
+    return nano.Settings(**{"device": DEVICE, "batch_size": B, "group_size": K, "lam": 1.0, "lr": 1e-4, "grpo_lr": 1e-4,
                             "rl_steps": 10_000, **changes})
 
 
@@ -110,7 +122,7 @@ def admitting(n):
     """A method that supervises everyone and admits the first n of each batch, after having asked the real gate."""
     def admit(difficult, reliable, batch, generator):
         core.sample_clip(difficult, reliable)
-        return torch.arange(len(difficult)) < n
+        return torch.arange(len(difficult), device=difficult.device) < n
 
     OWN[f"admits {n}"] = nano.Method(True, admit)
     return f"admits {n}"
@@ -143,7 +155,8 @@ def gradients(model, loss):
 
 
 def same(name, ours, theirs, tolerance):
-    """Their relative difference, or a refusal to time what is not the same."""
+    """Their relative difference, or a refusal to time what is not the same. Of bfloat16, two digits are compared."""
+    tolerance = max(tolerance, 0.05) if BF16 else tolerance
     difference = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
     if not difference <= tolerance:
         raise AssertionError(f"{name}: the two sides differ by {difference:.1e}, allowed are {tolerance:.0e}")
@@ -153,7 +166,7 @@ def same(name, ours, theirs, tolerance):
 def check_step(policy, history, K, seed=0):
     """Loss and gradients of the tree against repeating the prompt; {what: relative difference}."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(policy.catalogue.S, (len(history), K, L), generator=generator)
+    tokens = torch.randint(policy.catalogue.S, (len(history), K, L), generator=generator).to(DEVICE)
     advantages = core.group_advantages(reward(history, policy.catalogue.item(tokens)))
     losses = [f(policy, history, tokens, advantages) for f in (our_loss, repeating_loss)]
     # On-policy the loss is minus the mean advantage, which is 0: compare with what its terms are like.
@@ -166,23 +179,34 @@ def check_step(policy, history, K, seed=0):
 
 @torch.no_grad()
 def our_beams(policy, history, width):
-    return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width))
+    return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width, policy.allowed))
+
+
+def allowed_tokens(catalogue):
+    """For `prefix_allowed_tokens_fn`: a dictionary of the prefixes that exist, the usual way."""
+    following = {}
+    for sid in catalogue.tokens.tolist():
+        for level, token in enumerate(sid):
+            following.setdefault(tuple(sid[:level]), set()).add(token)
+    following = {prefix: sorted(tokens) for prefix, tokens in following.items()}
+    return lambda T: lambda row, ids: following.get(tuple(ids[T:].tolist()), [0])  # [0]: of a beam that is no item
 
 
 @torch.no_grad()
-def their_beams(policy, history, width):
+def their_beams(policy, history, width, allowed=None):
     """Hugging Face's generate: no length penalty to pay, no end of sequence that could come early."""
     ids = prompt_ids(policy, history)
+    more = dict(prefix_allowed_tokens_fn=allowed(ids.shape[1])) if allowed else {}
     out = policy.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=width, num_return_sequences=width,
         max_new_tokens=L, min_new_tokens=L, do_sample=False, length_penalty=0.0, pad_token_id=0,
-        return_dict_in_generate=True, output_scores=True)
+        return_dict_in_generate=True, output_scores=True, **more)
     return out.sequences[:, -L:].view(len(history), width, L), out.sequences_scores.view(len(history), width)
 
 
-def check_beams(policy, history, width):
+def check_beams(policy, history, width, allowed=None):
     """The same beams in the same order; where two are as likely as each other to six digits, either order will do."""
-    (ours, logp), (theirs, scores) = our_beams(policy, history, width), their_beams(policy, history, width)
+    (ours, logp), (theirs, scores) = our_beams(policy, history, width), their_beams(policy, history, width, allowed)
     difference = same("scores of beams", logp.sum(-1), scores, 1e-5)
     equal = (ours == theirs).all(-1)
     for b, w in (~equal).nonzero().tolist():
@@ -234,9 +258,45 @@ def hand_loss(logp, truth, old, rewards, target, negatives, tau=1 / 3, rho=0.1, 
     return (nll - surrogate.mean((1, 2))).mean()
 
 
-def check_core(case):
+def guarded_loss(logp, truth, old, rewards, target, negatives, tau=1 / 3, rho=0.1, epsilon=0.2):
+    """The same by somebody who does not trust the input, in the same torch functions as above.
+
+    A prompt with a NaN in a pool is not admitted; thresholds are exact fractions; equal rewards get advantages of
+    exactly 0, and their spread neither overflows nor vanishes; the ratio is bounded before the exponential, so that far
+    ratios, and -inf in both policies, give no NaN in value or gradient; prompts that are not admitted are not read.
+    """
+    K = rewards.shape[1]
+    nll = -truth.mean(1)
+    top, bottom = (Fraction(x).limit_denominator(1000) for x in (tau, rho))
+    pool = torch.cat([old.mean(2), -nll.detach()[:, None]], 1)
+    hard = 1 + (pool > pool[:, -1:]).sum(1) > top.numerator * K // top.denominator
+    hard = hard & ~pool.isnan().any(1)
+    judged = torch.cat([target[:, None], negatives], 1)
+    pool = torch.cat([rewards, judged], 1)
+    ranks = 1 + (pool[:, None, :] > judged[:, :, None]).sum(2)
+    below = (bottom.denominator - bottom.numerator) * K // bottom.denominator
+    clear = (ranks[:, 0] <= top.numerator * K // top.denominator) & (ranks[:, 1:] > below).all(1)
+    admitted = (hard & clear & ~pool.isnan().any(1))[:, None, None]
+    low, high = rewards.amin(1, keepdim=True), rewards.amax(1, keepdim=True)
+    part = torch.where((high > 1) | (low < -1), 2.0**-10, 1.0)  # 3e38 less -3e38 would overflow
+    low = low * part
+    unit = high * part - low
+    flat = unit == 0
+    unit = torch.where(flat, 1.0, unit)
+    A = (rewards * part - low) / unit
+    A = A - A.mean(1, keepdim=True)
+    A = A / torch.where(flat, 1.0, A.std(1, keepdim=True) + 1e-4 * part / unit)
+    A = torch.where(admitted, A[:, :, None], 0.0)
+    gap = torch.where(admitted, logp, 0.0) - torch.where(admitted, old, 0.0).clamp(min=torch.finfo(old.dtype).min)
+    bad = A < 0
+    limit = torch.where(bad, math.log(1 - epsilon), math.log(1 + epsilon))
+    gap = torch.where(torch.where(bad, gap < limit, gap > limit), limit, gap)
+    return (nll - (gap.exp() * A).mean((1, 2))).mean()
+
+
+def check_core(case, hand=hand_loss):
     found = []
-    for loss in (core_loss, hand_loss):
+    for loss in (core_loss, hand):
         value = loss(*case)
         found.append((value.detach(), *torch.autograd.grad(value, case[:2])))
     return {name: same(name, *pair, 1e-5) for name, *pair in
@@ -246,8 +306,8 @@ def check_core(case):
 # -- TRL ---------------------------------------------------------------------------------------------------------------
 
 
-def trl_trainer(policy, prompts, B, K, T, check=None):
-    """A GRPOTrainer that does the same, on a copy of the policy's model, in the form that suits it best here.
+def trl_trainer(policy, prompts, B, K, T, check=None, model=None):
+    """A GRPOTrainer that does the same on a copy of the policy's model, or on another, in the form that suits it best.
 
     Without gradient checkpointing, reference model or entropy bonus; old log-probabilities are not computed, since
     they are those of the step. TRL 1.16 runs the head over every position where there is no Triton, and keeps the
@@ -275,10 +335,11 @@ def trl_trainer(policy, prompts, B, K, T, check=None):
             return loss
 
     def rewards(prompts, completions, completion_ids, row, **columns):
-        tokens = torch.tensor(completion_ids)
-        return reward(histories[torch.tensor(row)], policy.catalogue.item(tokens).unsqueeze(1))[:, 0].tolist()
+        tokens, row = (torch.tensor(x, device=DEVICE) for x in (completion_ids, row))
+        return reward(histories[row], policy.catalogue.item(tokens).unsqueeze(1))[:, 0].tolist()
 
-    histories, size = prompts.history, policy.model.config.vocab_size
+    model = model or policy.model
+    histories, size = prompts.history, model.config.vocab_size
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)} | {"<end>": size}, "<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # The end of a sequence is a word beyond the model's vocabulary: every completion has L tokens.
@@ -287,11 +348,11 @@ def trl_trainer(policy, prompts, B, K, T, check=None):
     args = GRPOConfig(
         None, per_device_train_batch_size=B * K, gradient_accumulation_steps=1, num_generations=K,
         max_completion_length=L, loss_type="grpo", beta=0.0, learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0,
-        max_steps=10_000, lr_scheduler_type="linear", logging_steps=10**6, use_cpu=True, report_to=[],
-        save_strategy="no", bf16=False, disable_tqdm=True, gradient_checkpointing=False, shuffle_dataset=False,
+        max_steps=10_000, lr_scheduler_type="linear", logging_steps=10**6, use_cpu=DEVICE == "cpu", report_to=[],
+        save_strategy="no", bf16=BF16, disable_tqdm=True, gradient_checkpointing=False, shuffle_dataset=False,
         dataloader_num_workers=0, temperature=1.0)
     data = Dataset.from_list([{"prompt": text, "row": i} for i, text in enumerate(texts)])
-    return Restricted(model=copy.deepcopy(policy.model), reward_funcs=rewards, processing_class=tokenizer,
+    return Restricted(model=copy.deepcopy(model), reward_funcs=rewards, processing_class=tokenizer,
                       train_dataset=data, args=args)
 
 
@@ -305,6 +366,7 @@ def trl_agrees(policy, prompts, K):
             where.setdefault(ids.index(tuple(row)), []).append(i)
         assert all(len(rows) == K for rows in where.values()) and inputs["completion_mask"].all()
         history, rows = prompts.history[list(where)], torch.tensor(list(where.values()))  # (B, K)
+        rows = rows.to(DEVICE)
         tokens = inputs["completion_ids"][rows]
         advantages = core.group_advantages(reward(history, policy.catalogue.item(tokens)))
         found = {"advantages": same("advantages", advantages, inputs["advantages"][rows], 1e-4)}

@@ -107,7 +107,7 @@ def test_the_script_reads_the_files_as_they_were_meant(ratings, tmp_path):
         assert prompts.target.tolist() == [target for *_, target in rows[name]], name  # rows are items' numbers
         assert [[x for x in past if x >= 0] for past in prompts.history.tolist()] == [row[1] for row in rows[name]]
     assert found.rl.target[found.rl.user.argsort()].tolist() == [target for *_, target in rows["rl"]]
-    assert "15 popular items" in found.source
+    assert "15 items at random" in found.source
     for name in ("rated", "uniform"):
         logged = nano.load_data(tmp_path / name, CFG)
         assert "log.jsonl" in logged.source and logged.log.click.any() and logged.holdout

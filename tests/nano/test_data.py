@@ -77,7 +77,16 @@ def test_the_rankers_log_is_the_training_rows_and_nothing_later(tmp_path):
     assert torch.equal(data.log.history, data.sft.history)
     assert torch.equal(data.log.item[:, 0], data.sft.target) and data.log.item.shape == (10, 16)
     assert torch.equal(data.log.click, data.log.item == data.sft.target[:, None]), "what was bought is no negative"
-    assert set(data.log.item.flatten().tolist()) <= set(data.sft.target.tolist())
+
+
+def test_without_a_log_each_item_is_as_likely_to_be_the_rankers_negative(tmp_path):
+    folder, drawn = jsonl(tmp_path / "shop"), []
+    for seed in range(20):
+        data = nano.load_data(folder, settings(seed=seed))
+        drawn.append(data.log.item[:, 1:].flatten())
+    counts, n, p = torch.cat(drawn).bincount(minlength=data.catalogue.N), 20 * 10 * 15, 1 / data.catalogue.N
+    assert (counts - n * p).abs().max() < 5 * (n * p * (1 - p)) ** 0.5
+    assert data.sft.target.bincount().float().std() > 0, "some are bought more often than others"
 
 
 def test_the_rl_prompts_are_a_random_part_of_the_training_rows(tmp_path):
