@@ -127,8 +127,8 @@ def against_trl(shape, B, K, T, times, words=work.V):
     return pairs, trainer.noted or {}
 
 
-@row("gpu-step-0.6", "step, Qwen3-0.6B's sizes, K=16, T=61, B=16", "TRL", None, shape="0.6 B", K=16, T=61, B=16)
-@row("gpu-step-135", "step, SmolLM2-135M's layers, K=16, T=61, B=32", "TRL", None, shape="smollm2", K=16, T=61, B=32)
+@row("gpu-step-0.6", "step, Qwen3-0.6B's sizes, K=16, T=61, B=8", "TRL", None, shape="0.6 B", K=16, T=61, B=8)
+@row("gpu-step-135", "step, SmolLM2-135M's layers, K=16, T=61, B=16", "TRL", None, shape="smollm2", K=16, T=61, B=16)
 @row("smollm2-all", "step, SmolLM2-135M's layers, 49,152 words that only TRL keeps, K=16, T=61, B=4", "TRL", 12,
      shape="smollm2", K=16, T=61, B=4, words=49152)
 @row("smollm2", "step, SmolLM2-135M's layers, K=16, T=61, B=4", "TRL", 12, shape="smollm2", K=16, T=61, B=4)
@@ -140,10 +140,10 @@ def whole_step(quick, times, shape, K, T, B, words=work.V):
     return ratios(pairs["grpo"], same=same)
 
 
-@row("gpu-tenth-0.6", "AdaGRPO step with NLL, 10 % admitted, Qwen3-0.6B's sizes, K=16, T=61, B=16", "TRL, plain GRPO",
-     None, shape="0.6 B", K=16, T=61, B=16)
-@row("gpu-tenth-135", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, K=16, T=61, B=32",
-     "TRL, plain GRPO", None, shape="smollm2", K=16, T=61, B=32)
+@row("gpu-tenth-0.6", "AdaGRPO step with NLL, 10 % admitted, Qwen3-0.6B's sizes, K=16, T=61, B=8", "TRL, plain GRPO",
+     None, shape="0.6 B", K=16, T=61, B=8)
+@row("gpu-tenth-135", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, K=16, T=61, B=16",
+     "TRL, plain GRPO", None, shape="smollm2", K=16, T=61, B=16)
 @row("tenth-smollm2-all", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, 49,152 words, K=16, T=61, B=4",
      "TRL, plain GRPO", 14, shape="smollm2", K=16, T=61, B=4, words=49152)
 @row("tenth-50-200", "AdaGRPO step with NLL, 10 % admitted, K=50, T=200, B=2", "TRL, plain GRPO", 51, K=50, T=200, B=2)
