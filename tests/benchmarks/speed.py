@@ -106,18 +106,23 @@ class Turns(TrainerCallback):
         control.should_training_stop = len(self.pairs) > self.times
 
 
+def tenth_of(B):
+    return work.admitting(max(1, round(0.1 * B)))
+
+
 @functools.cache  # two rows of the table come from one run
-def against_trl(shape, B, K, T, times, words=work.V):
+def against_trl(shape, B, K, T, times, words=work.V, parts=1):
     """{method: [(its seconds, TRL's)]} of neighbouring steps, and how well the two agree.
 
     With more `words`, TRL has the model as it is, and the script the one that is cut; then there is another softmax.
+    TRL runs its batch in so many `parts`, to have room for it.
     """
     policy = work.a_policy(shape, T)
-    methods = ["grpo", "nll", work.admitting(0), work.admitting(max(1, round(0.1 * B)))]
+    methods = ["grpo", tenth_of(B)] if parts > 1 else ["grpo", tenth_of(B), "nll", work.admitting(0)]
     prompts = work.some_prompts(policy, 4 * B, T)
-    checked = work.trl_agrees(policy, prompts, K) if words == work.V else None
+    checked = work.trl_agrees(policy, prompts, K) if words == work.V and parts == 1 else None
     model = policy.model if words == work.V else work.a_policy(shape, T, words=words).model
-    trainer = work.trl_trainer(policy, prompts, B, K, T, checked, model)
+    trainer = work.trl_trainer(policy, prompts, B, K, T, checked, model, parts)
     mine = [work.steps(work.copied(policy), prompts, work.settings(B, K), method) for method in methods]
     turns = Turns([lambda s=s: next(s) for s in mine], times)
     trainer.add_callback(turns)
@@ -128,6 +133,8 @@ def against_trl(shape, B, K, T, times, words=work.V):
 
 
 @row("gpu-step-0.6", "step, Qwen3-0.6B's sizes, K=16, T=61, B=8", "TRL", None, shape="0.6 B", K=16, T=61, B=8)
+@row("gpu-step-64", "step, Qwen3-0.6B's sizes, K=16, T=61, B=64", "TRL, in 4 parts", None, shape="0.6 B", K=16, T=61,
+     B=64, parts=4)
 @row("gpu-step-135", "step, SmolLM2-135M's layers, K=16, T=61, B=16", "TRL", None, shape="smollm2", K=16, T=61, B=16)
 @row("smollm2-all", "step, SmolLM2-135M's layers, 49,152 words that only TRL keeps, K=16, T=61, B=4", "TRL", 12,
      shape="smollm2", K=16, T=61, B=4, words=49152)
@@ -135,13 +142,15 @@ def against_trl(shape, B, K, T, times, words=work.V):
 @row("step-50-200", "step, K=50, T=200, B=2", "TRL", None, shape="tiny", K=50, T=200, B=2)
 @row("step-50-60", "step, K=50, T=61, B=4", "TRL", 18, shape="tiny", K=50, T=61, B=4)
 @row("step-16-60", "step (rollout, loss, backward, AdamW), K=16, T=61, B=8", "TRL", 11.5, shape="tiny", K=16, T=61, B=8)
-def whole_step(quick, times, shape, K, T, B, words=work.V):
-    pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words)
+def whole_step(quick, times, shape, K, T, B, words=work.V, parts=1):
+    pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words, parts)
     return ratios(pairs["grpo"], same=same)
 
 
 @row("gpu-tenth-0.6", "AdaGRPO step with NLL, 10 % admitted, Qwen3-0.6B's sizes, K=16, T=61, B=8", "TRL, plain GRPO",
      None, shape="0.6 B", K=16, T=61, B=8)
+@row("gpu-tenth-64", "AdaGRPO step with NLL, 6 of 64 admitted, Qwen3-0.6B's sizes, K=16, T=61",
+     "TRL, plain GRPO, in 4 parts", None, shape="0.6 B", K=16, T=61, B=64, parts=4)
 @row("gpu-tenth-135", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, K=16, T=61, B=16",
      "TRL, plain GRPO", None, shape="smollm2", K=16, T=61, B=16)
 @row("tenth-smollm2-all", "AdaGRPO step with NLL, 10 % admitted, SmolLM2-135M's layers, 49,152 words, K=16, T=61, B=4",
@@ -149,17 +158,22 @@ def whole_step(quick, times, shape, K, T, B, words=work.V):
 @row("tenth-50-200", "AdaGRPO step with NLL, 10 % admitted, K=50, T=200, B=2", "TRL, plain GRPO", 51, K=50, T=200, B=2)
 @row("tenth-50-60", "AdaGRPO step with NLL, 10 % admitted, K=50, T=61, B=4", "TRL, plain GRPO", 29, K=50, T=61, B=4)
 @row("tenth-16-60", "AdaGRPO step with NLL, 10 % admitted, K=16, T=61, B=8", "TRL, plain GRPO", 14.5, K=16, T=61, B=8)
-def a_tenth(quick, times, K, T, B, shape="tiny", words=work.V):
+def a_tenth(quick, times, K, T, B, shape="tiny", words=work.V, parts=1):
     """Steps in which nobody and in which one prompt is admitted, weighed so that a tenth of the prompts are.
 
-    With more than ten prompts a tenth of a batch is admitted, in whole prompts."""
-    pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words)
-    share = min(1, 0.1 * B)  # of the steps that admit one
-    mixed = [((1 - share) * none + share * one, theirs)
-             for (none, theirs), (one, _) in zip(*list(pairs.values())[2:], strict=True)]
-    nll, grpo = (statistics.median(ours / other for (ours, _), (other, _) in zip(mixed, pairs[name], strict=True))
-                 for name in ("nll", "grpo"))
-    return ratios(mixed, same=same, note=f"{nll:.2f} x NLL alone, {grpo:.2f} x plain GRPO (both ours)")
+    Of more than ten prompts a tenth is admitted, in whole prompts.
+    """
+    pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words, parts)
+    mixed, note = pairs[tenth_of(B)], None
+    if B < 10:
+        share = 0.1 * B  # of the steps that admit one
+        mixed = [((1 - share) * none + share * one, theirs)
+                 for (none, theirs), (one, _) in zip(pairs["admits 0"], mixed, strict=True)]
+    if parts == 1:
+        nll, grpo = (statistics.median(ours / other for (ours, _), (other, _) in zip(mixed, pairs[name], strict=True))
+                     for name in ("nll", "grpo"))
+        note = f"{nll:.2f} x NLL alone, {grpo:.2f} x plain GRPO (both ours)"
+    return ratios(mixed, same=same, note=note or "")
 
 
 # -- beam search against Hugging Face ----------------------------------------------------------------------------------
@@ -277,6 +291,8 @@ def flops(function):
      shape="0.6 B", B=64, method="grpo+nll")
 @row("gpu-mfu-none", "the same, 0.6 B, K=16, T=61, B=64: nobody admitted", "measured product", None,
      shape="0.6 B", B=64, method="admits 0")
+@row("gpu-mfu-256", "the same, 0.6 B, K=16, T=61, B=256, GRPO+NLL: everyone admitted", "measured product", None,
+     shape="0.6 B", B=256, method="grpo+nll")
 @row("gpu-mfu-1.7", "the same, 1.7 B, K=16, T=61, B=64, GRPO+NLL: everyone admitted", "measured product", None,
      shape="1.7 B", B=64, method="grpo+nll")
 @row("peak", "share of the measured peak in products, SmolLM2-135M's layers, K=16, T=61, B=4", "measured product", 0.60)
@@ -464,8 +480,8 @@ def main(argv=None):
             saved.write_text(json.dumps(results, indent=1))
     order = ["step-16-60", "step-50-60", "step-50-200", "tenth-16-60", "tenth-50-60", "tenth-50-200", "smollm2",
              "smollm2-all", "tenth-smollm2-all", "gpu-step-135", "gpu-tenth-135", "gpu-step-0.6", "gpu-tenth-0.6",
-             "beams-60", "constrained-60", "beams-200", "constrained-200", "gpu-beams-0.6", "memory", "peak",
-             "gpu-mfu-all", "gpu-mfu-none", "gpu-mfu-1.7", "growth", "core", "core-bare", "toy", "toy-all"]
+             "gpu-step-64", "gpu-tenth-64", "beams-60", "constrained-60", "beams-200", "constrained-200",
+             "gpu-beams-0.6", "memory", "peak", "gpu-mfu-all", "gpu-mfu-none", "gpu-mfu-256", "gpu-mfu-1.7", "growth", "core", "core-bare", "toy", "toy-all"]
     text = markdown([line(name, results[name]) for name in order if name in results])
     print("\n" + text)
     if given.write:

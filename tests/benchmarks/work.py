@@ -310,7 +310,7 @@ def check_core(case, hand=hand_loss):
 # -- TRL ---------------------------------------------------------------------------------------------------------------
 
 
-def trl_trainer(policy, prompts, B, K, T, check=None, model=None):
+def trl_trainer(policy, prompts, B, K, T, check=None, model=None, parts=1):
     """A GRPOTrainer that does the same on a copy of the policy's model, or on another, in the form that suits it best.
 
     Without gradient checkpointing, reference model or entropy bonus; old log-probabilities are not computed, since
@@ -350,7 +350,7 @@ def trl_trainer(policy, prompts, B, K, T, check=None, model=None):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="<end>")
     texts = [" ".join(f"w{i}" for i in ids) for ids in prompt_ids(policy, histories).tolist()]
     args = GRPOConfig(
-        None, per_device_train_batch_size=B * K, gradient_accumulation_steps=1, num_generations=K,
+        None, per_device_train_batch_size=B * K // parts, gradient_accumulation_steps=parts, num_generations=K,
         max_completion_length=L, loss_type="grpo", beta=0.0, learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0,
         max_steps=10_000, lr_scheduler_type="linear", logging_steps=10**6, use_cpu=DEVICE == "cpu", report_to=[],
         save_strategy="no", bf16=BF16, disable_tqdm=True, gradient_checkpointing=False, shuffle_dataset=False,
