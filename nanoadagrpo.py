@@ -1692,7 +1692,7 @@ def parse(argv):
         sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"
         raise UserError(f"{sizes}: {processes} processes cannot share them equally")
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if processes > 1 and device.startswith("cuda"):
+    if "LOCAL_RANK" in os.environ and device.startswith("cuda"):  # torchrun, with one process too
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=device).item()

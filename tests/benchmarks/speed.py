@@ -481,7 +481,8 @@ def main(argv=None):
     order = ["step-16-60", "step-50-60", "step-50-200", "tenth-16-60", "tenth-50-60", "tenth-50-200", "smollm2",
              "smollm2-all", "tenth-smollm2-all", "gpu-step-135", "gpu-tenth-135", "gpu-step-0.6", "gpu-tenth-0.6",
              "gpu-step-64", "gpu-tenth-64", "beams-60", "constrained-60", "beams-200", "constrained-200",
-             "gpu-beams-0.6", "memory", "peak", "gpu-mfu-all", "gpu-mfu-none", "gpu-mfu-256", "gpu-mfu-1.7", "growth", "core", "core-bare", "toy", "toy-all"]
+             "gpu-beams-0.6", "memory", "peak", "gpu-mfu-all", "gpu-mfu-none", "gpu-mfu-256", "gpu-mfu-1.7",
+             "growth", "core", "core-bare", "toy", "toy-all"]
     text = markdown([line(name, results[name]) for name in order if name in results])
     print("\n" + text)
     if given.write:

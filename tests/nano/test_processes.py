@@ -249,3 +249,16 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
         with pytest.raises(nano.UserError, match=rf"{flag} {size}\b.*: 3 processes cannot share"):
             nano.parse(["--toy", other, "9"])
     nano.parse(["--toy", "--sft-batch-size", "9", "--batch-size", "6"])
+
+
+@pytest.mark.parametrize(("processes", "local"), [("1", "0"), ("4", "3")])
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_each_process_of_torchrun_has_the_gpu_of_its_number(processes, local, device, monkeypatch):
+    tried = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: tried.append(device) or torch.ones(n))
+    cfg = nano.parse(["--toy", "--device", device])
+    assert cfg.device == f"cuda:{local}" and tried == [cfg.device]  # torch.cuda.set_device refuses a bare "cuda"
+    assert nano.parse(["--toy", "--device", "cpu"]).device == "cpu"
