@@ -82,9 +82,9 @@ import adagrpo_core as core
 # N items. An item is a row of the catalogue; -1 is none: padding left of a history, or a hallucination.
 
 
-def option(default, help, low=0, high=None, known="", group=""):
+def option(default, help, low=0, high=None, choices="", group=""):
     high = high or (10**6 if isinstance(default, int) else 1e38)
-    metadata = dict(help=help, range=(low, high), known=known.split(), group=group)
+    metadata = dict(help=help, range=(low, high), choices=choices.split(), group=group)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -99,7 +99,7 @@ class Settings:
     negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
     tau: float = option(1 / 3, "top fraction of K: a truth below it is difficult (D), within it prominent")
     rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
-    ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", known="min average max")
+    ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", choices="min average max")
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
@@ -122,13 +122,13 @@ class Settings:
     eval_prompts: int = option(4000, "test prompts at the end; a quarter as many for validation", 1, 10**9)
     eval_every: int = option(50, "steps between two points of the training curve", 1)
     eval_batch_size: int = option(250, "prompts that are evaluated at once", 1)
-    keep: str = option("last", "policy to test and save; best: by validation HR@10", known="last best")
+    keep: str = option("last", "policy to test and save; best: by validation HR@10", choices="last best")
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "a tracker, beside metrics.jsonl", known="tensorboard wandb trackio")
+    log_to: str = option("", "a tracker, beside metrics.jsonl", choices="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
-    dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", known="auto float32 bfloat16")
+    dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", choices="auto float32 bfloat16")
 
     def __post_init__(self):
         check_settings(self)
@@ -261,21 +261,21 @@ def candidates(logp, prefix, catalogue):
     return words, logp.gather(-1, words).masked_fill(~valid, -torch.inf)
 
 
-def sample(points, catalogue=None):
-    """n independent samples, decided by random points in [0, 1), (L, B, n).
+def sample(uniform, catalogue=None):
+    """n independent samples, decided by uniform random numbers in [0, 1), (L, B, n).
 
-    Inverse-CDF sampling: the first token whose cumulative probability exceeds the point. Points are drawn for
+    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. These are drawn for
     the whole batch, so that the samples do not depend on how it is split.
     """
 
     def select(prefix, logp, total):
         words, logp = candidates(logp.detach().float(), prefix, catalogue)
         logp = logp.log_softmax(-1) if catalogue else logp  # or exp() of the valid ones might be 0
-        ends = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
-        point = points[prefix.shape[-1]].view(*ends.shape[:2], -1) * ends[..., -1:]  # (B, m, n / m)
-        token = torch.searchsorted(ends, point, right=True).clamp(max=ends.shape[-1] - 1)
+        cdf = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
+        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m)
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
         token = words.gather(-1, token) if catalogue else token
-        return same_parent(prefix, points.shape[-1]), token.flatten(1)
+        return same_parent(prefix, uniform.shape[-1]), token.flatten(1)
 
     return select
 
@@ -382,21 +382,21 @@ def rollout(policy, batch, parts, K, generator):
     graph, so that the update need not run the prompts again. With several micro-batches it is dropped.
     """
     B, L = len(batch.target), policy.catalogue.L
-    points = torch.rand(L, B, K, generator=generator, device=batch.target.device)
+    uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
     pieces, keep_graph = [], len(parts) == 1
     for part in parts:
         with torch.set_grad_enabled(keep_graph):
             prompt, target_logp = prefill_with_target(policy, batch.rows(part))
         with torch.no_grad():  # most are not admitted; the update builds a graph for those that are
-            sampled = tree_decode(policy, prompt, sample(points[:, part], policy.allowed))
+            sampled = tree_decode(policy, prompt, sample(uniform[:, part], policy.allowed))
             pieces.append((*sampled, target_logp.detach()))
-    return *map(gather, zip(*pieces, strict=True)), [(prompt, target_logp)] if keep_graph else []
+    return *map(all_gather, zip(*pieces, strict=True)), [(prompt, target_logp)] if keep_graph else []
 
 
-def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_step=lambda *_: None):
+def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
 
-    begin(optimizer, generators) says at which step to begin, having restored both if a checkpoint has them;
+    restore(optimizer, generators) says at which step to begin; both are then as they were at that step.
     on_step(step, optimizer, generators) is called after each step, to evaluate and to save.
     """
     method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
@@ -408,7 +408,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
     order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, "order")).to(cfg.device)
     parts = local_micro_batches(B, cfg.micro_batch_size)  # slices of a batch: what a process runs at once
 
-    for step in progress(range(begin(optimizer, generators), cfg.rl_steps), name):
+    for step in progress(range(restore(optimizer, generators), cfg.rl_steps), name):
         batch, prefills, admitted_rows = prompts.rows(order[step]), [], [[]] * len(parts)
         watched, stats = {}, {}
         if method.admit:
@@ -433,7 +433,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.gate())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = rows_of(admitted, parts)  # the only wait for a GPU before the update
+            admitted_rows = split_rows(admitted, parts)  # the only wait for a GPU before the update
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             watched = stats | {"reward of an item": scored}
 
@@ -447,15 +447,15 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
                 loss = method.supervised * nll.sum() / B  # 0 for pure GRPO; every process calls backward
                 if len(rows):  # only they need a graph through their rollouts: with adagrpo, one in ten
-                    here, old = rows - part.start, old_logp[rows]
-                    prompt = prompt if len(rows) == len(nll) else prompt.rows(here)
+                    place, old = rows - part.start, old_logp[rows]
+                    prompt = prompt if len(rows) == len(nll) else prompt.rows(place)
                     logp = sequence_logp(policy, prompt, rollouts[rows])
                     surrogate = core.grpo_loss(logp, old, advantages[rows], epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
-                    grpo[here], ratio[here] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
+                    grpo[place], ratio[place] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
                 (loss * world_size()).backward()  # DDP averages over processes
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
-            nll, grpo, ratio = gather(terms).unbind(1)  # (B,) each, of the whole batch
+            nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
 
         if method.admit:
@@ -468,18 +468,18 @@ def train_rl(policy, reward, prompts, cfg, name, log, begin=lambda *_: 0, on_ste
 # -- supervised training, which makes the base policy, and evaluation ----------------------------------------
 
 
-def train_sft(policy, prompts, cfg, log, begin=lambda *_: 0, on_step=lambda *_: None):
-    """Minimise the mean NLL of the next item (eq. 2), nothing else. `begin`, `on_step`: see `train_rl`."""
+def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
+    """Minimise the mean NLL of the next item (eq. 2), nothing else. `restore`, `on_step`: see `train_rl`."""
     B = cfg.sft_batch_size
     optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
     order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
-    for step in progress(range(begin(optimizer, {}), cfg.sft_steps), "sft"):
+    for step in progress(range(restore(optimizer, {}), cfg.sft_steps), "sft"):
         batch, terms = prompts.rows(order[step]), []
         for part in local_micro_batches(B, cfg.micro_batch_size):
             nll = core.nll_loss(prefill_with_target(policy, batch.rows(part))[1])
             (nll.sum() / B * world_size()).backward()
             terms.append(nll.detach())
-        nll = gather(terms)
+        nll = all_gather(terms)
         norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
         log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
         on_step(step + 1, optimizer, {})
@@ -491,27 +491,28 @@ def evaluate(policy, ranker, prompts, cfg):
     parts, generator = [], make_generator(cfg.seed, "evaluation", cfg.device)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     for rows in progress(torch.arange(len(prompts.target)).split(cfg.eval_batch_size), "evaluate"):
-        points = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
+        uniform = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
         local = local_rows(len(rows))  # of several processes, each runs its share
         part = prompts.rows(rows[local].to(cfg.device))
         prompt = prefill(policy, part.history)
         beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.allowed))
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
-        samples, _ = tree_decode(policy, prompt, sample(points[:, local], policy.allowed))
+        samples, _ = tree_decode(policy, prompt, sample(uniform[:, local], policy.allowed))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
         valid, hit = item >= 0, item == part.target[:, None]
         place = valid.cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
-        rank = torch.where(hit.any(1), place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0], 10**9)
+        found = place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
+        rank = torch.where(hit.any(1), found, 10**9)  # beyond every cutoff where the beams missed it
         each = {f"hr@{k}": rank <= k for k in cutoffs}
         if 10 in cutoffs:
             each["ndcg@10"] = torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0)
         for head, p in ranker.probabilities(part.history, item).items():
             each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
         each["hallucination"] = 1 - valid.float().mean(1)
-        each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
+        each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
         each = {k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1))
-        parts.append({key: gather([x])[: len(rows)] for key, x in each.items()})  # without repeated rows
+        parts.append({key: all_gather([x])[: len(rows)] for key, x in each.items()})  # without repeated rows
     each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
 
@@ -961,7 +962,7 @@ def reward_of(reward, history, item, parts):
     local = slice(parts[0].start, parts[-1].stop)
     with torch.no_grad():
         scores = named(reward(history[local], item[local]))
-    scores = {name: gather([x]) for name, x in scores.items()}
+    scores = {name: all_gather([x]) for name, x in scores.items()}
     return sum(scores.values()), {f"reward/{name}": x.mean() for name, x in scores.items() if name}
 
 
@@ -1188,7 +1189,7 @@ def local_micro_batches(B, size):
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def rows_of(which, parts):
+def split_rows(which, parts):
     """Where `which` (B,) is true: row numbers, a tensor for each part of the batch."""
     yes = which.tolist()
     rows = [[b for b in range(part.start, part.stop) if yes[b]] for part in parts]
@@ -1210,7 +1211,7 @@ def local_rows(n):
     return torch.arange(rank() * size, (rank() + 1) * size).clamp(max=n - 1)
 
 
-def gather(pieces):
+def all_gather(pieces):
     """The rows of this process, in pieces -> those of the whole batch."""
     local = torch.cat(pieces)
     if not dist.is_initialized():
@@ -1664,7 +1665,7 @@ def parse(argv):
         shown = f"{x:.3g}" if isinstance(x, float) else x
         text = about["help"] + f" (default: {shown})" * (x != "")
         metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
-        group.add_argument(flag, default=x, type=type(x), choices=about["known"] or None, metavar=metavar,
+        group.add_argument(flag, default=x, type=type(x), choices=about["choices"] or None, metavar=metavar,
                            help=text)
     given = vars(parser.parse_args(argv))
     if given["resume"]:

@@ -269,7 +269,7 @@ def prefills(monkeypatch):
 
 def allowed(prefills, gates=0, steps=0, lines=0, **more):
     """How often the host may wait, by the function of the script."""
-    times = dict(prefill=len(prefills), rows_of=gates, step=steps, __call__=lines, **more)
+    times = dict(prefill=len(prefills), split_rows=gates, step=steps, __call__=lines, **more)
     return collections.Counter(times)
 
 
@@ -291,7 +291,7 @@ def test_a_step_waits_for_the_gpu_once_per_prefill_at_the_gate_for_the_norm_and_
         assert waited(notes) <= allowed(prefills, gates, 3 * cfg.updates, 3), notes.waits
         uploads = collections.Counter(where for where, _ in notes.uploads)
         parts = len(nano.local_micro_batches(8, cfg.micro_batch_size))
-        assert uploads <= collections.Counter(train_rl=1, rows_of=gates * parts), "the order, and who is admitted"
+        assert uploads <= collections.Counter(train_rl=1, split_rows=gates * parts), "the order, and who is admitted"
         admitted = [row.get("admitted", 0.0) for row in log.rows]
         assert method in ("nll", "grpo") or 0 < sum(admitted) < 3, "some are admitted, and not all"
         assert {x.device for x in policy.model.parameters()} == {CUDA}
