@@ -326,6 +326,18 @@ def growth(quick, times, T=200, B=2):
     return ratios(in_turn(lambda: [next(few) for _ in range(3)], lambda: [next(many) for _ in range(3)], times))
 
 
+@row("constrained-step", "AdaGRPO step, one prompt admitted, K=50, T=61, B=4, with --constrained (3,000 items)", "without",
+     -1.10)
+def constrained_step(quick, times):
+    """As long as without, or longer by what the samples that follow the catalogue cost."""
+    policy, method = work.a_policy("smoke" if quick else "tiny"), work.admitting(1)
+    free, constrained = (work.copied(policy) for _ in range(2))
+    constrained.allowed = policy.catalogue
+    free, constrained = (work.steps(each, work.some_prompts(policy, 16, 61), work.settings(4, 50), method)
+                         for each in (free, constrained))
+    return ratios(in_turn(lambda: [next(free) for _ in range(3)], lambda: [next(constrained) for _ in range(3)], times))
+
+
 @row("core-bare", "the same", "torch by hand, which trusts its input", None, hand="hand_loss")
 @row("core", "core functions, forward and backward, B=64, K=32, M=4", "torch by hand, with the core's protections",
      -1.15, hand="guarded_loss")
@@ -466,7 +478,7 @@ def main(argv=None):
         return {}
     saved = Path(given.results) if given.results else None
     results = json.loads(saved.read_text()) if saved and saved.exists() else {}
-    on_cpu = "growth", "peak", "toy", "toy-all"
+    on_cpu = "growth", "constrained-step", "peak", "toy", "toy-all"
     usual = [name for name in ROWS if (name not in on_cpu if given.device == "cuda" else not name.startswith("gpu-"))]
     for name in given.rows or usual:
         if "TRL" in ROWS[name][1] and not importlib.util.find_spec("trl"):
@@ -482,7 +494,7 @@ def main(argv=None):
              "smollm2-all", "tenth-smollm2-all", "gpu-step-135", "gpu-tenth-135", "gpu-step-0.6", "gpu-tenth-0.6",
              "gpu-step-64", "gpu-tenth-64", "beams-60", "constrained-60", "beams-200", "constrained-200",
              "gpu-beams-0.6", "memory", "peak", "gpu-mfu-all", "gpu-mfu-none", "gpu-mfu-256", "gpu-mfu-1.7",
-             "growth", "core", "core-bare", "toy", "toy-all"]
+             "constrained-step", "growth", "core", "core-bare", "toy", "toy-all"]
     text = markdown([line(name, results[name]) for name in order if name in results])
     print("\n" + text)
     if given.write:
