@@ -326,7 +326,7 @@ def growth(quick, times, T=200, B=2):
     return ratios(in_turn(lambda: [next(few) for _ in range(3)], lambda: [next(many) for _ in range(3)], times))
 
 
-@row("constrained-step", "AdaGRPO step, one prompt admitted, K=50, T=61, B=4, with --constrained (3,000 items)", "without",
+@row("constrained-step", "AdaGRPO step, one admitted, K=50, T=61, B=4, --constrained, 3,000 items", "without it",
      -1.10)
 def constrained_step(quick, times):
     """As long as without, or longer by what the samples that follow the catalogue cost."""
