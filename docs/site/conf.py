@@ -33,7 +33,7 @@ html_show_copyright = False
 PARTS = {"Learn": ["docs/walkthrough", "docs/tutorial", "docs/equations", "docs/faq", "docs/metrics"],
          "See": ["docs/results", "docs/results-tables", "docs/toy", "docs/toy-log"],
          "Use": ["docs/data", "docs/sids", "docs/models", "docs/recommend", "docs/scale", "docs/vendoring",
-                 "docs/benchmarks"], "More": []}
+                 "docs/benchmarks", "docs/benchmarks-log"], "More": []}
 
 
 def contents(root):

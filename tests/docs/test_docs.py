@@ -160,7 +160,8 @@ def test_commands_are_found_however_they_are_quoted():
 
 
 ABOUT_THE_SCRIPT = ["README.md", "docs/walkthrough.md", "docs/equations.md", "docs/metrics.md", "docs/toy.md",
-                    "docs/data.md", "docs/models.md", "docs/sids.md", "docs/benchmarks.md", "docs/tutorial.md"]
+                    "docs/data.md", "docs/models.md", "docs/sids.md", "docs/benchmarks.md", "docs/benchmarks-log.md",
+                    "docs/tutorial.md"]
 
 
 @pytest.mark.parametrize("page", ABOUT_THE_SCRIPT)
