@@ -25,7 +25,10 @@ def test_the_measured_cases_are_those_of_the_program_and_follow_the_formula():
     steps, searches = rows("step "), rows("search ")
     assert [row[1:-4] for row in steps] == [[str(x) for x in case] for case in memory.STEPS]
     assert [row[1:-4] for row in searches] == [[str(x) for x in case] for case in memory.SEARCHES]
-    for *_, measured, formula, ratio in steps + searches:
+    gpu_steps, gpu_searches = rows("GPU step "), rows("GPU search ")
+    assert [row[1:-4] for row in gpu_steps] == [[str(x) for x in case] for case in memory.GPU_STEPS]
+    assert [row[1:-4] for row in gpu_searches] == [[str(x) for x in case] for case in memory.GPU_SEARCHES]
+    for *_, measured, formula, ratio in steps + searches + gpu_steps + gpu_searches:
         assert float(ratio) == pytest.approx(int(measured) / int(formula), abs=0.01)
         assert 0.8 < float(ratio) < 1.1
 
@@ -58,8 +61,12 @@ def test_the_table_of_models_is_that_of_the_formula():
              "Qwen2.5-7B": (3584, 18944, 28)}
     table = {row[0]: row[1:] for name in sizes for row in rows(re.escape(name))}
     assert table.keys() == sizes.keys()
+    runs = [row for row in rows("GPU step ") if row[2:8] == ["64", "64", "16", "32", "64", "bfloat16"]]
+    assert [row[1] for row in runs] == ["107 M", "0.6 B", "1.7 B"]  # in the order of the sizes
+    seen = {name: f"{int(row[-3]) * 2**20 / 1e9:.1f}" for name, row in zip(sizes, runs, strict=False)}
     for name, (h, f, layers) in sizes.items():
-        P, states, token, step, small, large = table[name]
+        P, states, token, step, measured, small, large = table[name]
+        assert measured == seen.get(name, "not run")
         P, each = float(P.split()[0]), 0.8 * 4 * layers * (14 * h + 4 * f) / 1e6
         assert float(states) == pytest.approx(16 * P, abs=0.06) and float(token) == pytest.approx(each, abs=0.006)
         total = 16 * P + each * 64 * (32 + 2 + 16 * 2) / 1e3
