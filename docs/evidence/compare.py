@@ -3,7 +3,7 @@
 
     python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
     python docs/evidence/compare.py s0 s1 s2
-    python docs/evidence/compare.py s0 --figure curve.png    # and the first run along its steps
+    python docs/evidence/compare.py s0 s1 s2 --figure curve.png    # and the runs along their steps
 
 The yardsticks are popularity, and the ranker alone over the whole catalogue. They serve the same test prompts, and
 neither can hallucinate; neither needs a policy. What a run was given is read from its config.json.
@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # measure this checko
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from report import COLOURS  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
 
@@ -109,19 +110,34 @@ def curves(lines, n):
     return ([line["step"] for line in losses[::width]], smooth), methods
 
 
-def draw(run, path):
+def over_runs(each):
+    """The curves of several runs as one: means over runs. Runs start at different levels, which is not the methods'
+    doing: the bars are the standard deviation of the change since the start. Of one run they are as they were."""
+    if len(each) == 1:
+        return each[0]
+    steps, values = zip(*(losses for losses, _ in each), strict=True)
+    methods = {}
+    for name, (x, *_) in each[0][1].items():
+        hits = np.array([found[name][1] for _, found in each])
+        methods[name] = x, hits.mean(0), (hits - hits[:, :1]).std(0, ddof=1)
+    return (steps[0], np.mean(values, 0)), methods
+
+
+def draw(runs, path):
     """Left the supervised steps, right the methods from there on."""
-    cfg, lines = read(run)
+    found = [read(run) for run in runs]
+    cfg = found[0][0]
     n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
-    losses, methods = curves(lines, n)
+    losses, methods = over_runs([curves(lines, n) for _, lines in found])
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*losses, "k-")
     left.set(title=f"training NLL, supervised steps of {cfg.sft_batch_size}", xlabel="step", ylabel="nats per token")
-    for name, (steps, values, errors) in methods.items():
-        right.errorbar(steps, values, errors, fmt="o-", label=name, capsize=2, ms=4)
+    for i, (name, (steps, values, errors)) in enumerate(methods.items()):
+        x = np.array(steps) + (i - len(methods) / 2) * max(steps) / 200  # bars side by side
+        right.errorbar(x, values, errors, fmt="o-", label=name, color=COLOURS[name], capsize=2, ms=4)
     right.set(title=f"then RL: HR@10 on {n} validation prompts", xlabel="step", ylabel="%")
-    right.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -130,12 +146,12 @@ def draw(run, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
-    parser.add_argument("--figure", type=Path, help="draw the first run's curves into this file")
+    parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
     args = parser.parse_args(argv)
     rows = collect(args.runs)
     print(table(rows))
     if args.figure:
-        draw(args.runs[0], args.figure)
+        draw(args.runs, args.figure)
     return rows
 
 

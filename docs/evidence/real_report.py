@@ -11,11 +11,10 @@ import run
 import scipy.stats
 from arithmetic import Interval
 from matplotlib.figure import Figure
-from report import commit, machine, markdown, number, signed
+from report import commit, machine, markdown, number, place, said, signed, tables_beside
 
 REWARDS = ("rated", "uniform", "popular")  # what a ranker learns from; arms are run with the first two
 PER_USER = ("hr@10", "auc", "ndcg@5", "liked@10", "random@10", "liked@50", "random@50", "liked mass", "random mass")
-PLACE = "<!-- real: this part is written by docs/evidence/real.py -->\n", "<!-- /real -->"
 JUDGES = ("AUC", "NDCG@5", "P@10", "P@50", "HR@10")
 NAMES = {"popularity": "popularity", "EASE": "EASE", "rated": "ranker (a), rated lists",
          "uniform": "ranker (b), 15 uniform", "popular": "ranker (c), 15 by popularity", "base": "base policy",
@@ -201,9 +200,41 @@ def table_doses(doses):
     return markdown(rows + [[name, f"{hits:.2f}"] for name, hits in doses["validation HR@10 %"].items()])
 
 
-def page(results, out, cfg):
+def verdicts(results):
+    """The main findings in sentences, an item each; `said` chooses every word that could be otherwise."""
+    def found(name, other):
+        each = difference(results, results.arm(name, reward), results.arm(other, reward))
+        words = (f"{key} {said(each[key], 'higher', 'no clear difference', 'lower')} ({signed(each[key])})"
+                 for key in ("AUC", "HR@10"))
+        return f"against {METHODS[other]} {', '.join(words)}"
+
+    for reward in REWARDS[:2]:
+        yield (f"**Does the gate help? Reward: {NAMES[reward]}.** AdaGRPO D&R {found('adagrpo', 'nll')}; "
+               f"{found('adagrpo', 'grpo+nll')}.")
+        yield (f"**Its choice, or its rate? Same reward.** D&R {found('adagrpo', 'random-gate')}. R alone "
+               f"{found('adagrpo-r', 'random-r')}; {found('adagrpo-r', 'anti-r')}.")
+    each = [x for reward in REWARDS[:2] for names in PAIRS
+            for x in difference(results, *(results.arm(name, reward) for name in names)).values()]
+    yield (f"**How many of these are chance?** Of the {len(each)} intervals below {sum(x.low > 0 for x in each)} lie "
+           f"above 0 and {sum(x.high < 0 for x in each)} below.")
+    policy, D = 100 * results.arrays("gate AUC policy"), results.arrays("gate D")
+    parts = []
+    for name in REWARDS:
+        lead = 100 * results.arrays(f"gate AUC {name}") - policy
+        gate = results.arrays(f"gate R 1 {name}")
+        parts.append(f"{NAMES[name]}: R {signed(interval(contrast(lead, gate)))}, "
+                     f"D&R {signed(interval(contrast(lead, D & gate)))}")
+    yield ("**Does R know where the ranker is better than the policy?** By how much the ranker's lead in AUC over the "
+           f"policy is larger where a gate admits than elsewhere, in points: {'; '.join(parts)}.")
+    a, b = (columns(results.arrays(name)) for name in ("uniform", "popular"))
+    yield ("**Which negatives make the better ranker?** 15 uniform − 15 by popularity: "
+           + ", ".join(f"{key} {signed(interval(a[key] - b[key]))}" for key in ("AUC", "HR@10")) + ".")
+
+
+def provenance(results, out, cfg):
+    """Where the numbers of a page are from."""
     units, users = [*results.base, *(unit for each in results.arms.values() for unit in each)], results.base[0]["users"]
-    minutes, doses = sum(unit["core_seconds"] for unit in units) / 60, results.doses
+    minutes = sum(unit["core_seconds"] for unit in units) / 60
     code = json.loads((out / "made-by.json").read_text(encoding="utf-8"))["code"][:12]
     command = f"docs/evidence/real.py --yahoo DIR --seeds {run.seeds_text(results.seeds)}"
     over = "users and seeds" if len(results.seeds) > 1 else "the users of the one seed, not over seeds"
@@ -212,10 +243,25 @@ def page(results, out, cfg):
     yield markdown([["", ""], ["command", f"`{command}`"], ["seeds", run.seeds_text(results.seeds)],
                     ["settings", f"{cfg.sft_steps} supervised steps of {cfg.sft_batch_size} prompts, {cfg.rl_steps} RL "
                      f"steps of {cfg.batch_size}, K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, "
-                     f"rho={cfg.rho:g}, learning rate {doses['lr']:g}, histories of {cfg.max_history}"],
+                     f"rho={cfg.rho:g}, learning rate {results.doses['lr']:g}, histories of {cfg.max_history}"],
                     ["judges", f"{users} users a seed, each with liked and disliked random items"],
                     ["machine", machine()], ["commit", f"{commit(run.ROOT)}; code of the runs {code}"],
                     ["run time", f"{minutes:.0f} core minutes, {minutes / len(results.seeds):.1f} a seed"]], text=2)
+
+
+def page(results, out, cfg):
+    """The paragraphs of docs/results.md about the real log: what was found, and the differences."""
+    yield from provenance(results, out, cfg)
+    yield "### What the real log says"
+    yield "\n".join(f"* {text}" for text in verdicts(results))
+    yield "Paired differences in points; GRPO+NLL and AdaGRPO at the λ that validation chose on other seeds:"
+    yield table_differences(results)
+
+
+def tables_page(results, out, cfg):
+    """The paragraphs of docs/results-tables.md about the real log."""
+    yield "## The real log: all tables"
+    yield from provenance(results, out, cfg)
     yield "### Judged by random items: what biased feedback teaches"
     yield table_yardsticks(results)
     yield "Paired differences in points:"
@@ -229,18 +275,14 @@ def page(results, out, cfg):
     yield table_knows(results)
     yield "### The arms"
     yield table_arms(results)
-    yield "Paired differences in points; GRPO+NLL and AdaGRPO at the λ that validation chose on other seeds:"
-    yield table_differences(results)
-    yield "![HR@10 along the supervised steps; paired differences in AUC and HR@10](figures/real.png)"
-    yield f"Doses, chosen on validation of seed{'s' * (len(doses['seeds']) > 1)} {run.seeds_text(doses['seeds'])}:"
-    yield table_doses(doses)
+    seeds = results.doses["seeds"]
+    yield f"Doses, chosen on validation of seed{'s' * (len(seeds) > 1)} {run.seeds_text(seeds)}:"
+    yield table_doses(results.doses)
 
 
 def write_page(args, results, cfg):
-    written = "\n\n".join(page(results, args.out, cfg)) + "\n"
+    """The page, its long tables beside it (results.md, results-tables.md), and the figure."""
     figure(results, args.page.parent / "figures" / "real.png")
-    old = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
-    before, start, rest = old.partition(PLACE[0])
-    _, end, after = rest.partition(PLACE[1])
-    args.page.write_text(before + start + written + end + after if start and end else written, encoding="utf-8")
+    place("real", args.page, page(results, args.out, cfg))
+    place("real", tables_beside(args.page), tables_page(results, args.out, cfg))
     print(f"report: {args.page}")

@@ -200,6 +200,34 @@ def worth_of_d(results, rule):
             f"R thinned − R is {signed(rate)}. R {said(of_r, *chance)}: R − random at R's rate is {signed(of_r)}.")
 
 
+def what_it_says(results):
+    """The main findings in sentences, an item each; as above, the intervals choose the words."""
+    gain = "gains over", "cannot be told from", "loses to"
+
+    def found(rule, key, name, other):
+        interval = more(key, name, other)(results, rule)
+        return f"{said(interval, *gain)} {NAMES[other]}: {signed(interval)}"
+
+    rule = results.rules[-1]
+    yield (f"**Does the gate help?** At {RULES[rule]}, AdaGRPO D&R {found(rule, 'hr@10', 'adagrpo', 'nll')} points of "
+           "HR@10.")
+    yield (f"**Is it the gate's choice, or its rate?** D&R {found(rule, 'hr@10', 'adagrpo', 'random-gate')} points of "
+           f"HR@10. In true utility of what is served it {found(rule, 'utility@10', 'adagrpo', 'random-gate')}.")
+    against = "; ".join(f"at {RULES[each]} it {found(each, 'hr@10', 'adagrpo', 'grpo+nll')} points of HR@10, and in "
+                        f"true utility it {found(each, 'utility@10', 'adagrpo', 'grpo+nll')}" for each in results.rules)
+    yield f"**Does a smaller lambda do the same?** D&R against GRPO+NLL: {against}."
+    alone = "; ".join(f"at {RULES[each]} it {found(each, 'hr@10', 'grpo+nll', 'nll')} points of HR@10 and has "
+                      f"{signed(more('hallucination', 'grpo+nll', 'nll')(results, each))} points of hallucination"
+                      for each in results.rules)
+    yield f"**What does RL do without a gate?** GRPO+NLL: {alone}."
+    yield (f"**How much is there to gain?** A gate that knows where the log misleads "
+           f"{found(rule, 'hr@10', 'oracle-gate', 'nll')} points of HR@10; the true utility as reward "
+           f"{found(rule, 'hr@10', 'true-reward', 'nll')}.")
+    for each, gains in ((each, knob_gains(results, each)["D&R − GRPO+NLL"]) for each in results.knob):
+        ends = "; ".join(f"at bait {bait:g} {signed(gains[bait])}" for bait in (min(gains), max(gains)))
+        yield f"**Along the bait, at {RULES[each]}:** D&R − GRPO+NLL in points of HR@10, {ends}."
+
+
 def agreement(results):
     """Which verdicts a second set of seeds gives too, and which not."""
     other = {claim.text: judged(results.beside, claim)[0] for claim in CLAIMS}
@@ -520,25 +548,38 @@ def write_page(results, path, command, root):
     figure_coverage(results, results.rules[-1], figures / "coverage.png")
     if results.knob:
         figure_knob(results, figures / "knob.png")
-    tables = path.with_name(f"{path.stem}-tables.md")
-    for file, paragraphs in ((path, page(results, command, root, tables.name)),
-                             (tables, tables_page(results, command, root, path.name))):
-        file.write_text(placed("\n\n".join(paragraphs) + "\n", file), encoding="utf-8")
+    tables = tables_beside(path)
+    place("toy", path, page(results, command, root, tables.name))
+    place("toy", tables, tables_page(results, command, root, path.name))
 
 
-PLACE = "<!-- toy: this part is written by docs/evidence/run.py -->\n"
+def tables_beside(path):
+    return path.with_name(f"{path.stem}-tables.md")
 
 
-def placed(text, path):
+DRIVERS = {"toy": "docs/evidence/run.py", "real": "docs/evidence/real.py"}
+
+
+def marks(part):
+    """The lines between which a driver writes its part of a page."""
+    return f"<!-- {part}: this part is written by {DRIVERS[part]} -->\n", f"<!-- /{part} -->"
+
+
+def place(part, path, paragraphs):
+    path.write_text(placed("\n\n".join(paragraphs) + "\n", path, part), encoding="utf-8")
+
+
+def placed(text, path, part="toy"):
     """The text of the page, or of a page that has a place for it and keeps what stands around it. A page without a
     place that somebody else wrote is refused, not overwritten."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, start, rest = old.partition(PLACE)
-    _, end, after = rest.partition("<!-- /toy -->")
+    before, start, rest = old.partition(marks(part)[0])
+    _, end, after = rest.partition(marks(part)[1])
     if start and end:
         return before + start + text + end + after
-    if old and "*Written by `docs/evidence/run.py`" not in old:
-        raise UserError(f"--page {path}: has no place for this; put the lines {PLACE.strip()} and <!-- /toy --> there")
+    if old and f"*Written by `{DRIVERS[part]}`" not in old:
+        start, end = marks(part)
+        raise UserError(f"--page {path}: has no place for this; put the lines {start.strip()} and {end} there")
     return text
 
 
@@ -567,15 +608,17 @@ INTERVALS = ("Intervals in brackets are 95 % t-intervals over seeds of paired di
 
 
 def page(results, command, root, tables):
-    """The paragraphs of docs/results.md about the toy: verdicts, what D is worth, and along the knob."""
+    """The paragraphs of docs/results.md about the toy: what was found, verdicts, what D is worth, and the knob."""
     yield "## The toy shop"
     yield ("*Written by `docs/evidence/run.py`; edit that instead.* Does it matter when a policy trusts its reward? "
            "Every table and figure of the paper, on a made-up shop whose truth is known ([toy.md](toy.md)), beside "
            "controls that could refute it: supervision alone, continued; gates of equal coverage that admit at "
            "random; a random ranker; and, as ceilings, a gate that knows where the log misleads, and the true utility "
-           f"as a reward. All tables: [{tables}]({tables}).")
+           f"as a reward. All tables: [{tables}]({tables}#the-toy-shop-all-tables).")
     yield provenance(results, command, root)
     yield INTERVALS
+    yield "### What it says"
+    yield "\n".join(f"* {text}" for text in what_it_says(results))
     yield "### Verdicts"
     yield ("The rule is code (`verdict` in `docs/evidence/arithmetic.py`): a finding is *seen* under a dose rule if "
            "all of its differences, turned so that the claim says \"above 0\", have intervals above 0. *Confirmed*: "
@@ -604,15 +647,15 @@ def page(results, command, root, tables):
 
 
 def tables_page(results, command, root, page):
-    """The paragraphs of docs/results-tables.md."""
-    yield "# The toy shop: all tables"
+    """The paragraphs of docs/results-tables.md about the toy."""
+    yield "## The toy shop: all tables"
     yield f"*Written by `docs/evidence/run.py`; edit that instead.* What they say: [{page}]({page}#the-toy-shop)."
     yield provenance(results, command, root)
     yield INTERVALS
     if results.beside:
-        yield f"## Verdicts on seeds {', '.join(map(str, results.beside.seeds))}"
+        yield f"### Verdicts on seeds {', '.join(map(str, results.beside.seeds))}"
         yield table_verdicts(results.beside)
-    yield "## Doses"
+    yield "### Doses"
     if "tuned" in results.rules:
         yield ("The paper compares at equal lambda. But an equal weight is not an equal dose: a gate that admits a "
                f"tenth applies a tenth. So beside it every method gets the dose with the highest HR@10 on validation, "
@@ -621,7 +664,7 @@ def tables_page(results, command, root, page):
     else:
         yield "Doses were not chosen on validation: `--tune` has not been run. Only equal lambda is reported."
     yield table_doses(results)
-    yield "## Tables 1 to 3: what the ranker does to the truth's rank"
+    yield "### Tables 1 to 3: what the ranker does to the truth's rank"
     yield ("Beams of the base policy; the truth is inserted in both pools, as in eq. 6 and 8. Influence is LLM rank − "
            "RM rank. *Random* gives every item a random score: choosing instances by both ranks forces an "
            "influence by itself, and its rows say how much. *Correlation* is Spearman's, of reward and true utility, "
@@ -630,23 +673,23 @@ def tables_page(results, command, root, page):
         yield f"**W = {width}**, {n} prompts a seed"
         yield table_influence(results, width)
     for rule in results.rules:
-        yield f"## Table 4, {RULES[rule]}: final checkpoint"
+        yield f"### Table 4, {RULES[rule]}: final checkpoint"
         yield table_main(results, rule, "final")
         yield "Differences:"
         yield table_differences(results, rule, "final")
         yield "By context:"
         yield table_contexts(results, rule)
-        yield f"## Table 4, {RULES[rule]}: best checkpoint"
+        yield f"### Table 4, {RULES[rule]}: best checkpoint"
         steps = [str(point["step"]) for point in results.arms[rule]["nll"][0]["curve"]]
         yield (f"Of the steps {', '.join(steps)}, the one with the highest HR@10 on validation, for each method and "
                "seed.")
         yield table_main(results, rule, "best")
         yield table_differences(results, rule, "best", ("hr@10", "hallucination"))
-        yield f"## Table 5, {RULES[rule]}"
+        yield f"### Table 5, {RULES[rule]}"
         yield ("Five bins of equally many prompts, by the rank that the base policy gives the truth among its beams; "
                "beyond the beams, by the likelihood that it gives the truth.")
         yield table_bins(results, rule)
-        yield f"## Table 6, {RULES[rule]}: a simulated A/B test"
+        yield f"### Table 6, {RULES[rule]}: a simulated A/B test"
         yield ("In every world users are split at random, and both arms serve in the same period: on each visit of the "
                "test period the first 10 valid beams are shown. A reader clicks with probability sigmoid(true utility "
                f"− {results.world.click_at:g}), the click model of the log without its bait, and stays {DWELL:g} · "
@@ -655,11 +698,11 @@ def tables_page(results, command, root, page):
                "shown does not change a user's life. Relative lifts in percent; 95 % normal intervals from the "
                "variance over users, pooled over worlds.")
         yield table_ab(results, rule)
-    yield "## Figure 3: training dynamics"
+    yield "### Figure 3: training dynamics"
     yield "On validation prompts: mean over seeds, and a 95 % band of the change since the base policy."
     yield "![HR@10, hallucination, click reward and admission over steps, per method](evidence/dynamics.png)"
     if results.knob:
-        yield "## How unevenly can the ranker be trusted?"
+        yield "### How unevenly can the ranker be trusted?"
         for rule in results.knob:
             yield f"HR@10, points, {RULES[rule]}, seeds {', '.join(map(str, results.knob_seeds))}:"
             yield table_knob(results, rule)

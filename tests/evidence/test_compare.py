@@ -86,3 +86,13 @@ def test_the_figure_shows_what_was_logged_with_the_standard_error_of_a_share(fol
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compare.main([str(run), "--figure", str(run / "curve.png")])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_several_runs_are_their_mean_and_the_spread_of_their_change():
+    one, other = ([1, 2], [4.0, 2.0]), ([1, 2], [6.0, 3.0])
+    each = [(one, {"nll": ([0, 3], [10.0, 12.0], [1, 1])}), (other, {"nll": ([0, 3], [20.0, 26.0], [1, 1])})]
+    (steps, losses), methods = compare.over_runs(each)
+    assert steps == [1, 2] and losses.tolist() == [5.0, 2.5]
+    x, values, errors = methods["nll"]  # changes of 2 and 6
+    assert x == [0, 3] and values.tolist() == [15.0, 19.0] and errors == pytest.approx([0, 8**0.5])
+    assert compare.over_runs(each[:1]) == each[0]

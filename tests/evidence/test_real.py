@@ -11,6 +11,7 @@ import pytest
 import real
 import real_data
 import real_report
+import report
 import scipy.stats
 import torch
 
@@ -239,8 +240,9 @@ def finished(yahoo, tmp_path_factory):
     out = tmp_path_factory.mktemp("real")
     common = ["--yahoo", str(yahoo), "--size", "small", "--jobs", "0", "--out", str(out)]
     common += ["--dose", str(out / "dose.json")]
-    page = out / "page.md"
-    page.write_text("before\n" + real_report.PLACE[0] + "old\n" + real_report.PLACE[1] + "\nafter\n")
+    page, (start, end) = out / "page.md", report.marks("real")
+    for path in (page, out / "page-tables.md"):
+        path.write_text(f"before\n{start}old\n{end}\nafter\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(real.SIZES, "small", CFG)
         patch.setattr(real, "RATES", (1e-3,))
@@ -279,16 +281,37 @@ def test_gates_of_one_rate_admit_equally_many(finished):
             assert unit["admitted"] == 1
 
 
-def test_the_page_has_a_row_for_each_arm_and_keeps_what_stands_around(finished):
+def test_the_pages_have_a_row_for_each_arm_and_difference_and_keep_what_stands_around(finished):
     out, _, results, _ = finished
-    text = (out / "page.md").read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old\n" not in text
-    assert "nan" not in text.lower().replace("nanoadagrpo", "") and str(out) not in text
+    page, tables = texts = [(out / name).read_text() for name in ("page.md", "page-tables.md")]
+    for text in texts:
+        assert text.startswith("before\n") and text.endswith("after\n") and "old\n" not in text
+        assert "nan" not in text.lower().replace("nanoadagrpo", "") and str(out) not in text
+        for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            assert len({line.count(" | ") for line in block.splitlines()}) == 1
     for arm in results.arms:
-        assert re.search(rf"^\| {arm.reward} *\| {re.escape(real_report.METHODS[arm.name])} ", text, re.M), arm
-    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
-        assert len({line.count(" | ") for line in block.splitlines()}) == 1
+        assert re.search(rf"^\| {arm.reward} *\| {re.escape(real_report.METHODS[arm.name])} ", tables, re.M), arm
+    assert len(re.findall(r"^\| (?:rated|uniform) .* − ", page, re.M)) == 2 * len(real_report.PAIRS)
+    said = page.partition("### What the real log says\n\n")[2].partition("\n\n")[0].splitlines()
+    assert len(said) == 7 and all(line.startswith("* **") for line in said)
     assert (out / "figures" / "real.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("shift, words", [(1, "higher"), (0, "no clear difference"), (-1, "lower")])
+def test_what_the_real_log_says_is_worded_by_the_intervals(finished, shift, words):
+    """All arms hit half of the users; then AdaGRPO hits so much more often, or less."""
+    _, _, results, _ = finished
+    half = np.zeros((len(results.base[0]["arrays"]["base"]), len(real_report.PER_USER)))
+    half[::2, 0] = half[:, 1] = 0.5  # HR@10, AUC
+    half[:, [4, 6, 8]] = 1
+    arms = {arm: [{"arrays": {"each": half + (shift * (1 + half) * (np.arange(half.shape[1]) == 0)
+                                              if arm.name == "adagrpo" else 0)}}] for arm in results.arms}
+    said = [*real_report.verdicts(results._replace(arms=arms))]
+    for text, others in ((said[0], ("NLL continued", "GRPO+NLL")), (said[1], ("random gate",))):
+        for other in others:
+            assert f"against {other} AUC no clear difference (+0.00 [+0.00, +0.00]), HR@10 {words} (" in text
+    n = 2 * len(real_report.PAIRS) * len(real_report.JUDGES)
+    assert f"Of the {n} intervals below {6 * (shift > 0)} lie above 0 and {6 * (shift < 0)} below" in said[4]
 
 
 def test_cells_are_what_the_units_say(finished):

@@ -102,9 +102,12 @@ def pages(folder):
 def test_the_pages_hold_every_table_and_figure(finished):
     folder, _, _ = finished
     page, tables = pages(folder)
-    assert re.findall(r"^### (.*)$", page, re.M) == ["Verdicts", "What is D worth?",
+    assert re.findall(r"^### (.*)$", page, re.M) == ["What it says", "Verdicts", "What is D worth?",
                                                      "How unevenly can the ranker be trusted?"]
-    headings = re.findall(r"^## (.*)$", tables, re.M)
+    headings = re.findall(r"^### (.*)$", tables, re.M)
+    assert re.findall(r"^##? (.*)$", page + tables, re.M) == ["The toy shop", "The toy shop: all tables"]
+    said = page.partition("### What it says\n\n")[2].partition("\n\n")[0].splitlines()
+    assert len(said) == 6 and all(line.startswith("* **") for line in said)  # the knob was run under one rule
     for rule in report.RULES.values():
         for table in ("Table 4, {}: final checkpoint", "Table 4, {}: best checkpoint", "Table 5, {}",
                       "Table 6, {}: a simulated A/B test"):
@@ -117,7 +120,7 @@ def test_the_pages_hold_every_table_and_figure(finished):
     assert tables.count(report.RERANKED) == 4  # under either rule: Table 4, and by context
     for claim in report.CLAIMS:
         assert f"| {claim.text} " in page and f"| {claim.text} " in tables
-    assert "**W = 50**" in tables and "**W = 128**" in tables and "[results-tables.md](results-tables.md)" in page
+    assert "**W = 50**" in tables and "**W = 128**" in tables and "[results-tables.md](results-tables.md#" in page
     assert re.search(rf"Of these {len(report.CLAIMS)} verdicts seeds 2 give \d+ too\.", page)
     figures = re.findall(r"\]\((evidence/.*?png)\)", page + tables)
     assert sorted(figures) == ["evidence/coverage.png", "evidence/dynamics.png", "evidence/knob.png"]
@@ -130,15 +133,21 @@ def test_the_pages_hold_every_table_and_figure(finished):
             assert len({line.count(" | ") for line in block.splitlines()}) == 1
 
 
-def test_a_page_with_a_place_for_the_toy_keeps_the_rest(tmp_path):
+@pytest.mark.parametrize("part", report.DRIVERS)
+def test_a_page_with_a_place_for_a_part_keeps_the_rest(tmp_path, part):
     page = tmp_path / "results.md"
-    start, end = report.PLACE, "<!-- /toy -->"
-    page.write_text(f"before\n{start}old\n{end}\nafter\n")
-    assert report.placed("new\n", page) == f"before\n{start}new\n{end}\nafter\n"
-    assert report.placed("new\n", tmp_path / "absent.md") == "new\n"
-    page.write_text("written by hand\n")
-    with pytest.raises(UserError, match="has no place for this"):
-        report.placed("new\n", page)
+    start, end = report.marks(part)
+    around = "".join("".join(report.marks(other)) for other in report.DRIVERS if other != part)
+    page.write_text(f"before\n{start}old\n{end}\nafter\n{around}")
+    report.place(part, page, ["new", "words"])
+    assert page.read_text() == f"before\n{start}new\n\nwords\n{end}\nafter\n{around}"
+    report.place(part, tmp_path / "absent.md", ["new"])
+    assert (tmp_path / "absent.md").read_text() == "new\n"
+    for text in ("written by hand\n", around):
+        page.write_text(text)
+        with pytest.raises(UserError, match="has no place for this"):
+            report.place(part, page, ["new"])
+        assert page.read_text() == text
 
 
 UP, UNCLEAR, DOWN = np.array([0.9, 1.0, 1.1]), np.array([-1.0, 0.0, 1.0]), np.array([-0.9, -1.0, -1.1])
@@ -161,6 +170,25 @@ def test_what_d_is_worth_is_worded_by_the_intervals(both, choice, of_r, words):
     assert text.startswith("**What is D worth, at lambda chosen on validation?** ")
     for part in words:
         assert part in text, text
+
+
+@pytest.mark.parametrize("way, helps, choice, rate", [
+    (UP, "gains over NLL continued: **+1.00", "gains over random gate: **+2.00", "loses to NLL continued: **-1.00"),
+    (DOWN, "loses to NLL continued: **-1.00", "loses to random gate: **-2.00", "gains over NLL continued: **+1.00"),
+    (UNCLEAR, "cannot be told from NLL continued: +0.00 [", "cannot be told from random gate: +0.00 [",
+     "cannot be told from NLL continued: +0.00 ["),
+])
+def test_what_the_toy_says_is_worded_by_the_intervals(way, helps, choice, rate):
+    """The random gate, GRPO+NLL and the true reward lie as far on the other side of NLL continued as D&R on its."""
+    nll = np.array([40.0, 45.0, 60.0])
+    hits = {"nll": nll, "adagrpo": nll + way, **dict.fromkeys(("random-gate", "grpo+nll", "true-reward"), nll - way),
+            "oracle-gate": nll + 10 * UP}
+    results = SimpleNamespace(rules=("equal", "tuned"), knob={},
+                              values=lambda rule, name, key, checkpoint="final": hits[name] / 100)
+    said = [*report.what_it_says(results)]
+    assert helps in said[0] and choice in said[1] and said[2].count(choice.replace("random gate", "GRPO+NLL")) >= 2
+    assert said[3].count(rate) == 2 and "gains over NLL continued: **+10.00" in said[4] and rate in said[4]
+    assert "chosen on validation" in said[0] and "equal lambda" in said[2] and len(said) == 5
 
 
 def test_which_verdicts_a_second_set_of_seeds_shares(monkeypatch):
