@@ -404,10 +404,22 @@ def test_every_key_that_the_pages_words_mention_is_logged(logged):
     assert mentioned - other <= known
 
 
+def parts_of(text):
+    """(what people wrote, what the drivers wrote) of a page."""
+    pieces = re.split(r"<!-- (?:toy|real)(?:: this part is written by .*?)? -->|<!-- /(?:toy|real) -->", text)
+    return "".join(pieces[::2]), "".join(pieces[1::2])
+
+
 def test_what_the_results_say_is_what_the_tables_say():
-    """Each number with a sign and two digits, and its interval, stands in the part that the driver wrote."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("−", "-")
-    tables, _, rest = text.partition("<!-- /toy -->")
-    said = rest.partition("### What it says")[2].partition("\n## ")[0]
-    numbers = re.findall(r"[+-]\d+\.\d\d(?: \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\])?", " ".join(said.split()))
-    assert len(numbers) > 10 and [number for number in numbers if number not in tables] == []
+    """Each number with an interval that people wrote stands in a part that a driver wrote."""
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "results-tables.md")]
+    said, written = zip(*map(parts_of, pages), strict=True)
+    numbers = re.findall(r"[+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", " ".join(" ".join(said).split()))
+    assert len(numbers) > 4 and [number for number in numbers if number not in "".join(written)] == []
+
+
+def test_the_results_can_be_read():
+    """At most 3,500 words beside the tables, and a figure before the first heading."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(lines).split()) <= 3500 and "](figures/" in text.partition("\n## ")[0]
