@@ -26,6 +26,8 @@ def namespace(arrays, optional=None):
     given = arrays | {name: array for name, array in (optional or {}).items() if array is not None}
     xp = first = None
     for name, array in given.items():
+        if first and type(array) is type(given[first]):
+            continue  # of the same library, without asking again
         try:
             found = array_namespace(array)
         except TypeError:
@@ -48,17 +50,17 @@ def check_shape(xp, name, array, letters, sizes, *, kind=REAL):
 
     ``kind`` is a dtype kind in the array API's names, or None for any.
     """
-    wanted = letters.split()
-    shape = tuple(array.shape)
-    if len(shape) != len(wanted) or any(sizes.get(axis, n) != n for axis, n in zip(wanted, shape, strict=True)):
+    wanted, shape = letters.split(), tuple(array.shape)
+    noted = sizes | dict(zip(wanted, shape, strict=False))
+    if len(shape) != len(wanted) or not noted.items() >= sizes.items():  # an axis has another size than before
         spec = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in wanted)
         spec += "," if len(wanted) == 1 else ""
         meaning = ", ".join(f"{axis} {AXES[axis]}" for axis in wanted)
         raise ValueError(f"{name}: expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}")
-    sizes.update(zip(wanted, shape, strict=True))
-    for axis, n in zip(wanted, shape, strict=True):
-        if n < 1:
-            raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
+    sizes.update(noted)
+    if 0 in shape:
+        axis = wanted[shape.index(0)]
+        raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
     if kind is not None:
         check_dtype(xp, name, array, kind)
 
