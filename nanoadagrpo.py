@@ -1284,6 +1284,14 @@ def weights(module):
     return {name: x.detach() for x, name in once.items()}
 
 
+@contextlib.contextmanager
+def usable(checkpoint):
+    try:
+        yield
+    except Exception as error:  # a disk can do anything to a file, and another version can have written it
+        raise UserError(f"{checkpoint}: {first_line(error)}; mend that, or begin a new run") from None
+
+
 class Checkpoints:
     """RUN/checkpoint-ROWS-CHECKSUM.safetensors: all that a run needs to go on, in one file without pickle.
 
@@ -1301,13 +1309,16 @@ class Checkpoints:
                        "set of flags": repr(same), "kind of device": cfg.device.split(":")[0]}
         if cfg.resume and self.files():
             path = self.files()[-1]
-            try:
+            with usable(path):
                 if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
                     raise ValueError("its checksum is not that in its name")
                 # Copies: where a tensor begins in the file's memory can decide a product's last digit.
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["tensor"]] if "tensor" in x else x))
+                kinds = dict(phase=str, step=int, rows=list, generators=dict, base=dict, best=dict, policy=dict)
+                if wrong := [key for key, kind in kinds.items() if type(self.state[key]) is not kind]:
+                    raise ValueError(f"its {wrong[0]} cannot be used")
                 self.base, self.best = self.state["base"], self.state["best"]
                 for key, x in self.origin.items():
                     if x != self.state["origin"][key]:
@@ -1317,8 +1328,6 @@ class Checkpoints:
                     if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
                         raise ValueError("its weights are of another model")
                 self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
-            except Exception as error:  # a disk can do anything to a file
-                raise UserError(f"{path}: {first_line(error)}; mend that, or begin a new run") from None
 
     def files(self):
         return sorted(self.out.glob("checkpoint-*.safetensors"))  # oldest first
@@ -1328,12 +1337,13 @@ class Checkpoints:
         if phase != self.state.get("phase"):
             return 0
         state, self.state = self.state, {}
-        for use, x in state["generators"].items():
-            generators[use].set_state(x.cpu())
-        memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
-        optimizer.adamw.load_state_dict(state["adamw"] | {"state": memory})
-        optimizer.schedule.load_state_dict(state["schedule"])
-        return state["step"]
+        with usable(self.files()[-1]):
+            for use, generator in generators.items():
+                generator.set_state(state["generators"][use].cpu())
+            memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
+            optimizer.adamw.load_state_dict(state["adamw"] | {"state": memory})
+            optimizer.schedule.load_state_dict(state["schedule"])
+            return state["step"]
 
     def save(self, policy, rows, phase, step, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}

@@ -501,7 +501,8 @@ def check(folder, cfg, deep):
             fault = f"refuses what is right: {err[:250]!r}"
         if not fault and bad and bad.file and f"{folder}/{bad.file}" not in err:
             fault = f"does not name the file: {bad!s:.80}; it says {err[:200]!r}"
-        if not fault and bad and bad.lines and not any(f"line {n}:" in err for n in bad.lines):
+        sure = bad and bad.lines and not bad.doubts  # or else a line before may be refused
+        if not fault and sure and not any(f"line {n}:" in err for n in bad.lines):
             fault = f"does not name the line: {bad!s:.80}; it says {err[:200]!r}"
         return "refused", fault
     if err:

@@ -15,6 +15,8 @@ RESERVED = "<next>", "<start>"
 
 
 class Bad(Exception):
+    doubts = ()  # of what was read before
+
     def __init__(self, file, why, lines=()):
         super().__init__(f"{file}, line {'-'.join(map(str, lines))}: {why}" if lines else f"{file}: {why}")
         self.file, self.lines = file, lines
@@ -34,7 +36,11 @@ class Reading:
             path = self.folder / (name + self.ending)
             if name in SPLITS or path.is_symlink() or path.exists():
                 rows = (self.csv_rows if self.csv else self.jsonl_rows)(path.name, name == "log")
-                self.tables[name] = list(rows)
+                try:
+                    self.tables[name] = list(rows)
+                except Bad as error:
+                    error.doubts = self.doubts
+                    raise
                 if not self.tables[name]:
                     raise Bad(path.name, "no rows")
 
@@ -93,8 +99,8 @@ class Reading:
         return found
 
     def item(self, file, sid, lines):
-        key = self.joined(sid) if isinstance(sid, list) else None
-        key = sid if self.csv and isinstance(sid, str) else key
+        key = sid if self.csv and isinstance(sid, str) else None
+        key = self.joined(sid) if not self.csv and isinstance(sid, list) else key
         if not self.csv and isinstance(sid, list) and any(type(x) not in (int, str) for x in sid):
             raise Bad(file, "not a Semantic ID", lines)
         if key not in self.items:

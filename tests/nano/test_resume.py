@@ -282,6 +282,15 @@ def test_a_checkpoint_whose_model_cannot_be_built_is_named_in_one_line(here, cap
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
+@pytest.mark.parametrize("key", ["phase", "step", "rows", "generators", "adamw", "schedule", "origin", "policy"])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_a_checkpoint_that_lacks_something_is_named_in_one_line(here, capsys, key, how):
+    path = checkpoint(here)
+    forge(path, lambda state: state.pop(key) if how == "gone" else state.update({key: None}))
+    line = refused(capsys, lambda: resume("here"))
+    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
+
+
 def test_a_checkpoint_that_is_forged_into_itself_is_read(here, shop):
     forge(checkpoint(here), lambda state: None)
     resume("here")
