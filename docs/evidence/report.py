@@ -610,7 +610,7 @@ INTERVALS = ("Intervals in brackets are 95 % t-intervals over seeds of paired di
 def page(results, command, root, tables):
     """The paragraphs of docs/results.md about the toy: what was found, verdicts, what D is worth, and the knob."""
     yield "## The toy shop"
-    yield ("*Written by `docs/evidence/run.py`; edit that instead.* Does it matter when a policy trusts its reward? "
+    yield ("*Written by `docs/evidence/run.py`; edit that instead.* "
            "Every table and figure of the paper, on a made-up shop whose truth is known ([toy.md](toy.md)), beside "
            "controls that could refute it: supervision alone, continued; gates of equal coverage that admit at "
            "random; a random ranker; and, as ceilings, a gate that knows where the log misleads, and the true utility "
