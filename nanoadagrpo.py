@@ -178,7 +178,7 @@ class Policy:
         Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens if given,
         and the KV cache, longer by n. Every pass goes through here, and through the model's own forward.
         """
-        # Autocast lowers the products only: in bfloat16 weights, small steps would be rounded away.
+        # Products in bfloat16, weights in float32: in bfloat16 ones, small updates would be rounded away.
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
         # The mask is added to the attention scores. It is finite, also in float32, where the softmax may run:
         # a padding row sees nothing at all, and a softmax over -inf alone would be NaN.
@@ -270,7 +270,7 @@ def sample(uniform, catalogue=None):
 
     def select(prefix, logp, total):
         words, logp = candidates(logp.detach().float(), prefix, catalogue)
-        logp = logp.log_softmax(-1) if catalogue else logp  # or exp() of the valid ones might be 0
+        logp = logp.log_softmax(-1) if catalogue else logp  # else exp() of unlikely ones is 0
         cdf = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
         u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
@@ -445,8 +445,8 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
                 prompt, target_logp = prefilled
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                loss = method.supervised * nll.sum() / B  # 0 for pure GRPO; every process calls backward
-                if len(rows):  # only they need a graph through their rollouts: with adagrpo, one in ten
+                loss = method.supervised * nll.sum() / B  # pure GRPO: 0, but DDP needs every backward
+                if len(rows):  # only they need a graph through their rollouts, often one in ten
                     place, old = rows - part.start, old_logp[rows]
                     prompt = prompt if len(rows) == len(nll) else prompt.rows(place)
                     logp = sequence_logp(policy, prompt, rollouts[rows])
@@ -1316,7 +1316,7 @@ class Checkpoints:
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["tensor"]] if "tensor" in x else x))
-                kinds = dict(phase=str, step=int, rows=list, generators=dict, base=dict, best=dict, policy=dict)
+                kinds = dict(phase=str, step=int, rows=list) | dict.fromkeys(("base", "best", "policy"), dict)
                 if wrong := [key for key, kind in kinds.items() if type(self.state[key]) is not kind]:
                     raise ValueError(f"its {wrong[0]} cannot be used")
                 self.base, self.best = self.state["base"], self.state["best"]
