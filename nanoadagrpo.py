@@ -1316,7 +1316,8 @@ class Checkpoints:
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["tensor"]] if "tensor" in x else x))
-                kinds = dict(phase=str, step=int, rows=list) | dict.fromkeys(("base", "best", "policy"), dict)
+                parts = "base", "best", "policy", "generators", "adamw", "schedule"
+                kinds = dict(phase=str, step=int, rows=list) | dict.fromkeys(parts, dict)
                 if wrong := [key for key, kind in kinds.items() if type(self.state[key]) is not kind]:
                     raise ValueError(f"its {wrong[0]} cannot be used")
                 self.base, self.best = self.state["base"], self.state["best"]
