@@ -35,6 +35,9 @@ def find(name):
     folder = Path((spec.submodule_search_locations or [spec.origin])[0])
     if not (folder / "__init__.py").is_file() or not (folder / "_compat.py").is_file():
         return None, f"{name}: {folder} is no copy of adagrpo_core; name the copied folder itself"
+    sources = [file.read_text(encoding="utf-8") for file in folder.glob("*.py")]
+    if any(re.search(rf"\b(import|from)\s+[\w.]*\b{folder.name}\b", source) for source in sources):
+        return None, f"{name}: the core imports a {folder.name} of its own; give the copied folder another name"
     return folder, None
 
 

@@ -77,6 +77,13 @@ def test_a_wrong_name_of_the_copy_is_refused_in_a_line(name, says, tmp_path):
     assert says in refused(tmp_path, name)
 
 
+@pytest.mark.parametrize("name", ["gate", "functools"])
+def test_a_copy_that_has_the_name_of_something_it_imports_is_refused_in_a_line(name, tmp_path):
+    vendor(tmp_path, hook=False)
+    (tmp_path / "shop" / "ext" / "adagrpo").rename(tmp_path / "shop" / "ext" / name)
+    assert f"the core imports a {name} of its own" in refused(tmp_path, f"shop.ext.{name}")
+
+
 def test_a_wrong_path_is_refused_in_a_line_that_shows_it(tmp_path):
     vendor(tmp_path, hook=False)
     line = refused(tmp_path, "shop.ext.adagrpo", path=tmp_path / "shop")
