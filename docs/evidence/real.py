@@ -74,13 +74,12 @@ class Setup(NamedTuple):
     liked: np.ndarray  # (n, R) boolean
 
 
-def against_popular(prompts, cfg):
-    """The exposure log of (c): each target as clicked, and 15 targets of other rows as shown and not clicked."""
-    n, bought = len(prompts.target), prompts.target[:, None]
-    generator = nano.make_generator(cfg.seed, "negatives of the ranker", cfg.device)
-    others = torch.randint(n, (n, 15), generator=generator, device=cfg.device)
-    item = torch.cat([bought, prompts.target[others]], 1)
-    return nano.ImpressionLog(prompts.history, item, item == bought, None)
+def against_popular(log, cfg):
+    """What the script makes of purchases where there is no log, but against 15 targets of other rows: (c)."""
+    bought, generator = log.item[:, :1], nano.make_generator(cfg.seed, "negatives of the ranker", cfg.device)
+    others = torch.randint(len(bought), (len(bought), 15), generator=generator, device=cfg.device)
+    item = torch.cat([bought, bought[others, 0]], 1)
+    return log._replace(item=item, click=item == bought)
 
 
 @functools.lru_cache(1)
@@ -95,7 +94,7 @@ def prepare(cfg, yahoo, folder, tuning):
         rankers[name] = nano.train_ranker(data.catalogue, logged.log, cfg)
         learnt[name] = nano.judge_ranker(rankers[name], logged.holdout)["click_auc"]
     if not tuning:
-        rankers["popular"] = nano.train_ranker(data.catalogue, against_popular(data.sft, cfg), cfg)
+        rankers["popular"] = nano.train_ranker(data.catalogue, against_popular(data.log, cfg), cfg)
         learnt["popular"] = float("nan")  # no row of this log is kept out
     valid = nano.subset(data.valid, cfg.eval_prompts, cfg.seed, "valid")
     policy = nano.tiny_policy(data.catalogue, cfg)

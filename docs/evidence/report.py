@@ -566,21 +566,17 @@ def marks(part):
 
 
 def place(part, path, paragraphs):
-    path.write_text(placed("\n\n".join(paragraphs) + "\n", path, part), encoding="utf-8")
-
-
-def placed(text, path, part="toy"):
-    """The text of the page, or of a page that has a place for it and keeps what stands around it. A page without a
+    """Write a page, or its part on a page that has a place for it; what stands around that is kept. A page without a
     place that somebody else wrote is refused, not overwritten."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, start, rest = old.partition(marks(part)[0])
-    _, end, after = rest.partition(marks(part)[1])
-    if start and end:
-        return before + start + text + end + after
-    if old and f"*Written by `{DRIVERS[part]}`" not in old:
-        start, end = marks(part)
+    old, text = path.read_text(encoding="utf-8") if path.exists() else "", "\n\n".join(paragraphs) + "\n"
+    start, end = marks(part)
+    before, began, rest = old.partition(start)
+    _, ended, after = rest.partition(end)
+    if began and ended:
+        text = before + start + text + end + after
+    elif old and f"*Written by `{DRIVERS[part]}`" not in old:
         raise UserError(f"--page {path}: has no place for this; put the lines {start.strip()} and {end} there")
-    return text
+    path.write_text(text, encoding="utf-8")
 
 
 def provenance(results, command, root):

@@ -19,8 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanoadagrpo as nano
 
-SHAPES = {  # hidden, intermediate, layers, heads, heads of keys and values
-    "tiny": (32, 96, 2, 4, 2), "4 M": (256, 768, 4, 4, 4), "19 M": (512, 1536, 6, 8, 4), "107 M": (576, 1536, 30, 9, 3)}
+
+def shape(h, f, layers, heads, kv):
+    return dict(hidden_size=h, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv)
+
+
+SHAPES = work.SHAPES | {"tiny": shape(32, 96, 2, 4, 2), "4 M": shape(256, 768, 4, 4, 4),
+                        "19 M": shape(512, 1536, 6, 8, 4), "107 M": work.SHAPES["smollm2"]}
 STEPS = [  # model, B, micro-batch, K, T, prompts admitted, type of products
     ("4 M", 2, 2, 4, 20, 0, "float32"), ("4 M", 8, 8, 16, 61, 8, "float32"), ("4 M", 8, 8, 50, 200, 8, "float32"),
     ("4 M", 8, 8, 16, 61, 8, "bfloat16"), ("19 M", 8, 8, 16, 200, 0, "float32"), ("19 M", 8, 8, 16, 200, 8, "float32"),
@@ -60,10 +66,7 @@ class Bytes(TorchDispatchMode):
 
 
 def a_policy(name, T):
-    if name in work.SHAPES and name != "tiny":
-        return work.a_policy(name, T)
-    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
-    return work.a_policy("tiny", T, **dict(zip(names, SHAPES[name], strict=True)))
+    return work.a_policy("tiny", T, **SHAPES[name])
 
 
 def sizes(config):

@@ -164,7 +164,7 @@ def a_tenth(quick, times, K, T, B, shape="tiny", words=work.V, parts=1):
     Of more than ten prompts a tenth is admitted, in whole prompts.
     """
     pairs, same = against_trl("smoke" if quick else shape, B, K, T, times, words, parts)
-    mixed, note = pairs[tenth_of(B)], None
+    mixed, note = pairs[tenth_of(B)], ""
     if B < 10:
         share = 0.1 * B  # of the steps that admit one
         mixed = [((1 - share) * none + share * one, theirs)
@@ -173,7 +173,7 @@ def a_tenth(quick, times, K, T, B, shape="tiny", words=work.V, parts=1):
         nll, grpo = (statistics.median(ours / other for (ours, _), (other, _) in zip(mixed, pairs[name], strict=True))
                      for name in ("nll", "grpo"))
         note = f"{nll:.2f} x NLL alone, {grpo:.2f} x plain GRPO (both ours)"
-    return ratios(mixed, same=same, note=note or "")
+    return ratios(mixed, same=same, note=note)
 
 
 # -- beam search against Hugging Face ----------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def a_tenth(quick, times, K, T, B, shape="tiny", words=work.V, parts=1):
 def beams(quick, times, T, B, shape="tiny", constrained=False, width=50):
     policy = work.a_policy("smoke" if quick else shape, T)
     history = work.some_prompts(policy, B, T).history
-    allowed = work.allowed_tokens(policy.catalogue) if constrained else None
+    allowed = work.allowed_tokens(policy.catalogue, T) if constrained else None
     policy.allowed = policy.catalogue if constrained else None
     same = work.check_beams(policy, history, width, allowed)
     pairs = in_turn(lambda: [work.our_beams(policy, history, width) for _ in range(5)],

@@ -183,26 +183,25 @@ def our_beams(policy, history, width):
     return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width, policy.allowed))
 
 
-def allowed_tokens(catalogue):
-    """For `prefix_allowed_tokens_fn`: a dictionary of the prefixes that exist, the usual way."""
+def allowed_tokens(catalogue, T):
+    """A `prefix_allowed_tokens_fn` for prompts of T tokens: a dictionary of the prefixes that exist, the usual way."""
     following = {}
     for sid in catalogue.tokens.tolist():
         for level, token in enumerate(sid):
             following.setdefault(tuple(sid[:level]), set()).add(token)
     following = {prefix: sorted(tokens) for prefix, tokens in following.items()}
-    return lambda T: lambda row, ids: following.get(tuple(ids[T:].tolist()), [0])  # [0]: of a beam that is no item
+    return lambda row, ids: following.get(tuple(ids[T:].tolist()), [0])  # [0]: of a beam that is no item
 
 
 @torch.no_grad()
 def their_beams(policy, history, width, allowed=None):
     """Hugging Face's generate: no length penalty to pay, no end of sequence that could come early."""
     ids = prompt_ids(policy, history)
-    more = dict(prefix_allowed_tokens_fn=allowed(ids.shape[1])) if allowed else {}
     with torch.autocast(DEVICE, torch.bfloat16, enabled=BF16):
         out = policy.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=width, num_return_sequences=width,
             max_new_tokens=L, min_new_tokens=L, do_sample=False, length_penalty=0.0, pad_token_id=0,
-            return_dict_in_generate=True, output_scores=True, **more)
+            return_dict_in_generate=True, output_scores=True, prefix_allowed_tokens_fn=allowed)
     return out.sequences[:, -L:].view(len(history), width, L), out.sequences_scores.view(len(history), width)
 
 

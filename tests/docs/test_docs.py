@@ -418,6 +418,16 @@ def test_what_the_results_say_is_what_the_tables_say():
     assert len(numbers) > 4 and [number for number in numbers if number not in "".join(written)] == []
 
 
+def test_the_toys_findings_are_what_its_tables_say():
+    """Each number with a sign and two digits, and its interval, stands in a table too."""
+    page, tables = ((ROOT / "docs" / name).read_text(encoding="utf-8").replace("−", "-")
+                    for name in ("results.md", "results-tables.md"))
+    rest = page.partition("### What it says")[2]
+    said, _, after = rest.partition("\n### ")
+    numbers = re.findall(r"[+-]\d+\.\d\d(?: \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\])?", " ".join(said.split()))
+    assert len(numbers) > 10 and [number for number in numbers if number not in tables + after] == []
+
+
 def test_the_results_can_be_read():
     """At most 3,500 words beside the tables, and a figure before the first heading."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -239,7 +239,8 @@ def attempt(seed, number, place):
         elif code == 0:
             # With another configuration and no checkpoint, it is another run that is begun.
             there = [str(Path(path).relative_to(name)) for path in before if path.startswith(f"{name}/")]
-            there.append("nowhere")  # what is written to a link that leads nowhere is written there
+            # What is written to a link that leads nowhere is written there.
+            there += ["nowhere"] * (act is something_instead)
             fault = differs(work / name, template(place, sort) / "whole", there)
             fault = fault and f"resumed to something else: {fault}"
         elif code != 2:

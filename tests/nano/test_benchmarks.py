@@ -45,13 +45,29 @@ def test_steps_taken_one_by_one_are_those_of_a_run():
 
 def test_beams_are_those_of_hugging_face():
     policy = work.a_policy("smoke", 20)
-    assert work.check_beams(policy, work.some_prompts(policy, 3, 20).history, 12)["in the same place"] > 0.9
+    history = work.some_prompts(policy, 3, 20).history
+    assert work.check_beams(policy, history, 12)["in the same place"] > 0.9
+    policy.allowed, allowed = policy.catalogue, work.allowed_tokens(policy.catalogue, 20)
+    assert work.check_beams(policy, history, 12, allowed)["in the same place"] > 0.9
 
 
-def test_the_cores_loss_and_gradients_are_those_of_torch_by_hand():
+@pytest.mark.parametrize("hand", [work.hand_loss, work.guarded_loss])
+def test_the_cores_loss_and_gradients_are_those_of_torch_by_hand(hand):
     case = work.core_case(B=16, K=12)
-    assert max(work.check_core(case).values()) < 1e-5
+    assert max(work.check_core(case, hand).values()) < 1e-5
     assert case[0].requires_grad and torch.autograd.grad(work.core_loss(*case), case[0])[0].abs().max() > 0
+
+
+def test_torch_by_hand_has_the_protections_that_the_core_is_timed_against():
+    """Equal rewards, a NaN in a pool, huge rewards, far ratios."""
+    logp, truth, old, rewards, target, negatives = work.core_case(B=16, K=12)
+    rewards[:4] = 0.7
+    rewards[4, 3] = torch.nan
+    rewards[5:8] *= 3e38
+    old[8:] = logp.detach()[8:] - 200
+    case = [logp, truth, old, rewards, target, negatives]
+    assert max(work.check_core(case, work.guarded_loss).values()) < 1e-5
+    assert work.guarded_loss(*case).isfinite()
 
 
 def test_products_are_counted_also_where_they_are_added_in_place():
