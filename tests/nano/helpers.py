@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from transformers import (
 
 import nanoadagrpo as nano
 
+# `TEST_DEVICE=cuda pytest tests/nano` runs what tests give to the command line on a GPU.
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+
 SHOP = nano.World(codes=6, items=60, users=60, impressions=8)
 
 # A run of the command line that takes a second, given a small shop.
@@ -39,7 +43,7 @@ def settings(**changes):
 
 def run(*arguments, data="shop"):
     """The command line on a small shop in a folder."""
-    return nano.main(["--data", str(data), "--device", "cpu", *QUICK, "--batch-size", "4", *map(str, arguments)])
+    return nano.main(["--data", str(data), "--device", DEVICE, *QUICK, "--batch-size", "4", *map(str, arguments)])
 
 
 def refused(capsys, call, code=2):

@@ -13,7 +13,7 @@ import torch
 
 import nanoadagrpo as nano
 
-from .helpers import QUICK
+from .helpers import DEVICE, QUICK
 from .shops import CODES, COLUMNS, TRAIN, csv_row, jsonl, jsonl_row, minionerec, write_csv
 
 
@@ -43,7 +43,7 @@ def refused(folder, capsys):
 
 
 def data(path):
-    return ["--data", path, "--device", "cpu", *QUICK]
+    return ["--data", path, "--device", DEVICE, *QUICK]
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

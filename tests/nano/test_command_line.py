@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import nanoadagrpo as nano
 
-from .helpers import QUICK, SHOP
+from .helpers import DEVICE, QUICK, SHOP
 
 FILES = ["config.json", "dynamics.png", "metrics.jsonl", "policy", "ranker.safetensors", "report.md"]
 EVERY_STEP = {"phase", "step", "lr", "nll", "gradient_norm"}
@@ -51,7 +51,7 @@ def lines(folder):
 
 
 def toy(*arguments):
-    return nano.main(["--toy", "--device", "cpu", *QUICK, *map(str, arguments)])
+    return nano.main(["--toy", "--device", DEVICE, *QUICK, *map(str, arguments)])
 
 
 def cells(text):

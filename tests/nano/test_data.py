@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import nanoadagrpo as nano
 
-from .helpers import QUICK, settings
+from .helpers import DEVICE, QUICK, settings
 from .shops import CODES, COLUMNS, SPLITS, TEST, TITLES, TRAIN, csv_row, jsonl, minionerec, write_csv
 
 LAYOUTS = {"MiniOneRec": minionerec, "JSONL": jsonl}
@@ -216,7 +216,7 @@ def test_every_token_of_a_catalogue_is_one_word_of_the_policy_and_no_other(tmp_p
 @both
 def test_a_folder_is_trained_on_end_to_end(folder, layout, capsys):
     shop = layout(folder / "shop")
-    results = nano.main(["--data", str(shop), "--device", "cpu", "--out", "here", *QUICK, "--batch-size", "4"])
+    results = nano.main(["--data", str(shop), "--device", DEVICE, "--out", "here", *QUICK, "--batch-size", "4"])
     assert list(results) == ["base", "adagrpo"]
     for metrics in results.values():
         assert 0 <= metrics["hr@1"] <= metrics["hr@10"] <= 1
@@ -228,6 +228,6 @@ def test_a_folder_is_trained_on_end_to_end(folder, layout, capsys):
 
 def test_both_layouts_lead_to_the_same_results(folder, monkeypatch):
     monkeypatch.setattr(nano, "picture", lambda rows, path: None)  # most of such a run
-    one, other = (nano.main(["--data", str(make(folder / name)), "--device", "cpu", *QUICK])
+    one, other = (nano.main(["--data", str(make(folder / name)), "--device", DEVICE, *QUICK])
                   for name, make in LAYOUTS.items())
     assert one == other

@@ -10,7 +10,7 @@ import torch
 
 import nanoadagrpo as nano
 
-from .helpers import QUICK, make_policy, settings
+from .helpers import DEVICE, QUICK, make_policy, settings
 from .shops import jsonl
 from .test_step import CATALOGUE, PROMPTS, cfg, reward, train
 
@@ -187,7 +187,7 @@ def test_the_verdict_says_whether_the_ranker_is_clearly_above_chance(R, chance, 
 
 def test_a_run_shows_it_on_the_screen_and_in_the_report_before_the_method_begins(folder, unpainted, capsys):
     jsonl(folder / "shop")
-    given = ["--data", "shop", "--device", "cpu", *QUICK, "--batch-size", "4"]
+    given = ["--data", "shop", "--device", DEVICE, *QUICK, "--batch-size", "4"]
     nano.main([*given, "--out", "here"])
     rows = [json.loads(line) for line in (folder / "here" / "metrics.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows] == [*["sft"] * 3, "influence", "test", "valid", "rl", "rl", "valid", "test"]

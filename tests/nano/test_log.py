@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import nanoadagrpo as nano
 
-from .helpers import QUICK, SHOP, logged, refused, run, settings
+from .helpers import DEVICE, QUICK, SHOP, logged, refused, run, settings
 from .shops import CODES, TRAIN, csv_row, jsonl, jsonl_row, minionerec, write_csv, written
 
 # (history, shown, click, order): rows of different lengths, a new user, two items that share a Semantic ID.
@@ -455,7 +455,7 @@ def test_the_toy_world_written_as_a_folder_gives_the_numbers_of_the_toy(
             table = [[repr([*map(spell, past)]), spell(target)] for past, target in split]
             write_csv(folder / "shop" / f"{name}.csv", table, ["history_item_sid", "item_sid"])
         log_csv(folder / "shop", log, spell=spell)
-    options = [*QUICK, "--device", "cpu", "--eval-every", "1", "--method", "adagrpo"]
+    options = [*QUICK, "--device", DEVICE, "--eval-every", "1", "--method", "adagrpo"]
     results = [nano.main(["--toy", *options, "--out", "toy"]),
                nano.main(["--data", "shop", "--log-holdout", "0", *options, "--out", "data"])]
     assert results[0] == results[1]

@@ -29,6 +29,7 @@ import nanoadagrpo as nano
 
 from . import helpers
 from .helpers import (
+    DEVICE,
     FAMILIES,
     QUICK,
     SHOP,
@@ -322,7 +323,7 @@ def finished(tmp_path_factory):
 
 
 OPTIONS = ["--max-history", "4", "--sft-lr", "1e-2"]
-TOY = ["--toy", "--device", "cpu", *QUICK]
+TOY = ["--toy", "--device", DEVICE, *QUICK]
 
 
 def test_a_model_goes_from_a_folder_to_a_report(finished):
@@ -357,7 +358,7 @@ nano.main({TOY} + ["--out", "toy fresh"])
 def test_the_same_seed_gives_the_same_numbers_in_a_fresh_process(finished, small_shop, monkeypatch):
     """With a model and data, and in a toy shop."""
     folder, _ = finished
-    command = [sys.executable, "-c", FRESH, "--data", "shop", "--device", "cpu", *QUICK, "--batch-size", "4", *OPTIONS,
+    command = [sys.executable, "-c", FRESH, "--data", "shop", "--device", DEVICE, *QUICK, "--batch-size", "4", *OPTIONS,
                "--model", "model", "--out", "fresh"]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(pathlib.Path(nano.__file__).parent)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 import nanoadagrpo as nano
 
-from .helpers import logged, made, refused, save_model
+from .helpers import DEVICE, logged, made, refused, save_model
 from .shops import CODES, jsonl, minionerec
 
-OPTIONS = ["--device", "cpu", "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
+OPTIONS = ["--device", DEVICE, "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
            "--group-size", "6", "--eval-prompts", "8", "--beam-width", "6", "--eval-every", "2", "--save-every", "2",
            "--updates", "2", "--lr", "1e-2"]
 
