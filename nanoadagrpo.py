@@ -488,17 +488,17 @@ def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
     """Beam search on every prompt. Returns the metrics, and for each prompt what they are the means of."""
-    parts, generator = [], make_generator(cfg.seed, "evaluation", cfg.device)
+    n, parts, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
-    for rows in progress(torch.arange(len(prompts.target)).split(cfg.eval_batch_size), "evaluate"):
-        uniform = torch.rand(policy.catalogue.L, len(rows), 8, generator=generator, device=cfg.device)
-        local = local_rows(len(rows))  # of several processes, each runs its share
-        part = prompts.rows(rows[local].to(cfg.device))
+    uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
+    rows = local_rows(n).to(cfg.device)  # of several processes, each runs its share
+    for rows in progress(rows.split(cfg.eval_batch_size), "evaluate"):
+        part = prompts.rows(rows)
         prompt = prefill(policy, part.history)
         beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.allowed))
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
-        samples, _ = tree_decode(policy, prompt, sample(uniform[:, local], policy.allowed))
+        samples, _ = tree_decode(policy, prompt, sample(uniform[:, rows], policy.allowed))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
         valid, hit = item >= 0, item == part.target[:, None]
         place = valid.cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
@@ -511,9 +511,8 @@ def evaluate(policy, ranker, prompts, cfg):
             each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
         each["hallucination"] = 1 - valid.float().mean(1)
         each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
-        each = {k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1))
-        parts.append({key: all_gather([x])[: len(rows)] for key, x in each.items()})  # without repeated rows
-    each = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        parts.append({k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1)))
+    each = {key: all_gather([part[key] for part in parts])[:n] for key in parts[0]}  # without repeated rows
     return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
 
 
