@@ -1027,6 +1027,8 @@ def make_policy(model, catalogue, cfg):
     roles = dict(zip(("pad_token", "bos_token"), special, strict=False))  # padding is masked: any will do
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **roles)
     model.generation_config = transformers.GenerationConfig(max_new_tokens=catalogue.L)  # no inherited one
+    for config in (model.config, model.config.get_text_config()):  # with both it could not be saved
+        config.output_attentions = config.output_hidden_states = False
     return Policy(model, catalogue, cfg, tokenizer)
 
 

@@ -382,6 +382,17 @@ def test_an_inherited_generation_config_has_no_influence(finished):
     assert not set(inherited) & {key for key, value in kept.items() if value is not None}
 
 
+def test_a_model_whose_config_asks_for_attentions_and_hidden_states_trains_and_is_saved_without(finished):
+    folder, results = finished
+    shutil.copytree(folder / "model", folder / "verbose")
+    config = json.loads((folder / "verbose" / "config.json").read_text())
+    asks = dict(output_attentions=True, output_hidden_states=True)  # with these it could not be saved
+    (folder / "verbose" / "config.json").write_text(json.dumps(config | asks))
+    assert run(folder / "shop", *OPTIONS, "--model", folder / "verbose", "--out", folder / "from verbose") == results
+    kept = json.loads((folder / "from verbose" / "policy" / "config.json").read_text())
+    assert not any(kept.get(key) for key in asks)
+
+
 def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_is_taken(folder, monkeypatch):
     pages = [(pathlib.Path(nano.__file__).parent / "docs" / page).read_text() for page in ("models.md", "recommend.md")]
     blocks = re.findall(r"^```python\n(.*?)^```$", "".join(pages), flags=re.M | re.S)
