@@ -491,8 +491,8 @@ def evaluate(policy, ranker, prompts, cfg):
     n, parts, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
-    rows = local_rows(n).to(cfg.device)  # of several processes, each runs its share
-    for rows in progress(rows.split(cfg.eval_batch_size), "evaluate"):
+    local = local_rows(n).to(cfg.device)  # of several processes, each runs its share
+    for rows in progress(local.split(cfg.eval_batch_size), "evaluate"):
         part = prompts.rows(rows)
         prompt = prefill(policy, part.history)
         beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.allowed))
