@@ -62,7 +62,8 @@ class Results(NamedTuple):
     knob: dict  # rule -> bait -> row -> units
     widths: dict
     code: str
-    core_minutes: float
+    core_minutes: float  # of all seeds
+    machines: dict  # each in words -> the seeds of which it ran something
     beside: Results | None  # the same on a second set of seeds, without the knob
 
     def units(self, rule, name):
@@ -228,13 +229,46 @@ def what_it_says(results):
         yield f"**Along the bait, at {RULES[each]}:** D&R − GRPO+NLL in points of HR@10, {ends}."
 
 
+def together(results):
+    """The results of both sets of seeds as those of one."""
+    other = results.beside
+    arms = {rule: {name: units + other.arms[rule][name] for name, units in rows.items()}
+            for rule, rows in results.arms.items()}
+    return results._replace(seeds=results.seeds + other.seeds, base=results.base + other.base, arms=arms)
+
+
+def table_sets(results):
+    """The main differences on either set of seeds, and on both."""
+    sets, rule = (results, results.beside, together(results)), results.rules[-1]
+    rows = [[f"HR@10, points, {RULES[rule]}", *(f"seeds {span(each.seeds)}" for each in sets[:2]), "both"]]
+    for name, other in (("adagrpo", "nll"), ("adagrpo", "random-gate"), ("adagrpo", "grpo+nll"),
+                        ("adagrpo", "adagrpo-r"), ("adagrpo", "r-thinned"), ("adagrpo-r", "nll"),
+                        ("adagrpo-r", "grpo+nll"), ("adagrpo-r", "random-at-r"), ("oracle-gate", "nll")):
+        rows.append([f"{NAMES[name]} − {NAMES[other]}",
+                     *(signed(more("hr@10", name, other)(each, rule)) for each in sets)])
+    return markdown(rows)
+
+
 def agreement(results):
-    """Which verdicts a second set of seeds gives too, and which not."""
-    other = {claim.text: judged(results.beside, claim)[0] for claim in CLAIMS}
-    apart = [claim.text for claim in CLAIMS if judged(results, claim)[0] != other[claim.text]]
-    text = (f"Of these {len(CLAIMS)} verdicts seeds {', '.join(map(str, results.beside.seeds))} give "
-            f"{len(CLAIMS) - len(apart)} too.")
-    return text + "".join(f" {'Not' if i == 0 else 'Nor'}: {claim} ({other[claim]})." for i, claim in enumerate(apart))
+    """How many verdicts the second set of seeds gives too, and a table of the others."""
+    sets = results, results.beside
+    verdicts = [[claim.text, *(judged(each, claim)[0] for each in sets)] for claim in CLAIMS]
+    apart = [row for row in verdicts if row[1] != row[2]]
+    yield (f"Of the {len(CLAIMS)} verdicts above, the second set gives {len(CLAIMS) - len(apart)} too"
+           + (". The others:" if apart else "."))
+    if apart:
+        yield markdown([["finding", *(f"seeds {span(each.seeds)}" for each in sets)], *apart], text=3)
+
+
+def span(seeds):
+    """[100, 101, 102, 7] -> "100 to 102, 7"."""
+    runs = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 # == Quantities of several seeds that more than one place needs =======================================================
@@ -524,7 +558,7 @@ def machine():
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return (f"{name}, {os.cpu_count()} cores, one per seed; Python {platform.python_version()}, "
+    return (f"{name}, {os.cpu_count()} cores, one per process; Python {platform.python_version()}, "
             f"torch {torch.__version__}")
 
 
@@ -585,16 +619,17 @@ def provenance(results, command, root):
     overlap = sorted(set(seeds) & set(results.tuned_on))
     return markdown([["", ""],
                      ["command", f"`{command}`"],
-                     ["seeds", f"{', '.join(map(str, seeds))}"
+                     ["seeds", span(seeds) + (f", beside them {span(results.beside.seeds)}" if results.beside else "")
                       + (f"; of these {', '.join(map(str, overlap))} also chose the doses" if overlap else "")],
                      ["settings", f"{cfg.rl_steps} steps of {cfg.batch_size} prompts, "
                       f"K={cfg.group_size}, M={cfg.negatives}, tau={cfg.tau:.3g}, rho={cfg.rho:g}, bait={cfg.bait:g}, "
                       f"{cfg.rl_prompts or 'all'} labelled prompts"],
                      ["test", f"{cfg.eval_prompts} prompts a seed, the same for all methods, beams of width "
                       f"{cfg.beam_width}"],
-                     ["machine", machine()], ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],
-                     ["run time", f"{results.core_minutes:.0f} core minutes, "
-                      f"{results.core_minutes / len(seeds):.1f} a seed"]], text=2)
+                     ["machine", "; ".join(results.machines) if len(results.machines) == 1 else
+                      ". ".join(f"Seeds {span(of)}: {name}" for name, of in results.machines.items())],
+                     ["commit", f"{commit(root)}; code of the runs {results.code[:12]}"],
+                     ["run time", f"{results.core_minutes:.0f} core minutes"]], text=2)
 
 
 INTERVALS = ("Intervals in brackets are 95 % t-intervals over seeds of paired differences (same shop, same prompts); "
@@ -622,7 +657,9 @@ def page(results, command, root, tables):
            "at the final checkpoint unless said otherwise.")
     yield table_verdicts(results)
     if results.beside:
-        yield agreement(results)
+        yield "### Do other seeds agree?"
+        yield table_sets(results)
+        yield from agreement(results)
     yield "### What is D worth?"
     yield ("*R thinned* admits some of those that R admits, chosen at random, as many in each batch as D&R admits "
            "there: beside it, D&R shows what D chooses, at the same dose. *Random at R's rate* admits as many in each "
@@ -635,7 +672,7 @@ def page(results, command, root, tables):
     if results.knob:
         yield "### How unevenly can the ranker be trusted?"
         yield (f"`bait` turns clicks away from utility in half of the contexts. Seeds "
-               f"{', '.join(map(str, results.knob_seeds))}. The oracle gate admits the contexts without bait (at 0, "
+               f"{span(results.knob_seeds)}. The oracle gate admits the contexts without bait (at 0, "
                "everyone). Whiskers: 95 %."
                + (f" Doses were chosen at bait {', '.join(f'{bait:g}' for bait in results.knob_tuned)}; elsewhere "
                   f"those of {results.cfg.bait:g} serve." if "tuned" in results.knob else ""))
@@ -649,7 +686,7 @@ def tables_page(results, command, root, page):
     yield provenance(results, command, root)
     yield INTERVALS
     if results.beside:
-        yield f"### Verdicts on seeds {', '.join(map(str, results.beside.seeds))}"
+        yield f"### Verdicts on seeds {span(results.beside.seeds)}"
         yield table_verdicts(results.beside)
     yield "### Doses"
     if "tuned" in results.rules:
@@ -700,5 +737,5 @@ def tables_page(results, command, root, page):
     if results.knob:
         yield "### How unevenly can the ranker be trusted?"
         for rule in results.knob:
-            yield f"HR@10, points, {RULES[rule]}, seeds {', '.join(map(str, results.knob_seeds))}:"
+            yield f"HR@10, points, {RULES[rule]}, seeds {span(results.knob_seeds)}:"
             yield table_knob(results, rule)

@@ -134,7 +134,8 @@ def one_seed(size, out, seed, units, say=print):
         path = unit_file(out, seed, arm.label if arm else "base")
         if arrays:
             measure.save(path.with_suffix(".npz"), arrays)
-        write(path, json.dumps({"seed": seed, "scope": scope, **found}, indent=1))  # last: its presence means done
+        found |= {"seed": seed, "scope": scope, "machine": report.machine()}
+        write(path, json.dumps(found, indent=1))  # last: its presence means done
         say(f"seed {seed}: {arm.label if arm else 'base'}, {found['core_seconds']:.0f} s", flush=True)
 
 
@@ -323,6 +324,13 @@ def run(args):
     work = plan(cfg, doses, rules, knob_rules, args.seeds + args.beside, knob_seeds)
     work_through(args.size, args.out, work, args.jobs)
 
+    machines, minutes = {}, 0.0
+    for seed in args.seeds + args.beside:
+        for path in (args.out / f"seed-{seed}").glob("*.json"):
+            unit = json.loads(path.read_text(encoding="utf-8"))
+            machines.setdefault(unit["machine"], set()).add(seed)
+            minutes += unit["core_seconds"] / 60
+
     def results_of(seeds, knob_seeds, beside=None):
         """What the report is given about one set of seeds."""
 
@@ -338,9 +346,8 @@ def run(args):
             knob_seeds=knob_seeds, knob_tuned=[bait for bait in BAITS if f"{bait:g}" in doses],
             knob={rule: {bait: {name: units(name, rule, bait, knob_seeds) for name in (*KNOB_ARMS, "nll")}
                          for bait in BAITS} for rule in (knob_rules if knob_seeds else ())},
-            widths=widths, code=made["code"], beside=beside,
-            core_minutes=sum(json.loads(path.read_text(encoding="utf-8"))["core_seconds"] for seed in seeds
-                             for path in (args.out / f"seed-{seed}").glob("*.json")) / 60)
+            widths=widths, code=made["code"], core_minutes=minutes, beside=beside,
+            machines={machine: sorted(of) for machine, of in sorted(machines.items())})
 
     results = results_of(args.seeds, knob_seeds, results_of(args.beside, []) if args.beside else None)
     command = f"python docs/evidence/run.py --seeds {seeds_text(args.seeds)}"

@@ -102,8 +102,8 @@ def pages(folder):
 def test_the_pages_hold_every_table_and_figure(finished):
     folder, _, _ = finished
     page, tables = pages(folder)
-    assert re.findall(r"^### (.*)$", page, re.M) == ["What it says", "Verdicts", "What is D worth?",
-                                                     "How unevenly can the ranker be trusted?"]
+    assert re.findall(r"^### (.*)$", page, re.M) == ["What it says", "Verdicts", "Do other seeds agree?",
+                                                     "What is D worth?", "How unevenly can the ranker be trusted?"]
     headings = re.findall(r"^### (.*)$", tables, re.M)
     assert re.findall(r"^##? (.*)$", page + tables, re.M) == ["The toy shop", "The toy shop: all tables"]
     said = page.partition("### What it says\n\n")[2].partition("\n\n")[0].splitlines()
@@ -121,7 +121,8 @@ def test_the_pages_hold_every_table_and_figure(finished):
     for claim in report.CLAIMS:
         assert f"| {claim.text} " in page and f"| {claim.text} " in tables
     assert "**W = 50**" in tables and "**W = 128**" in tables and "[results-tables.md](results-tables.md#" in page
-    assert re.search(rf"Of these {len(report.CLAIMS)} verdicts seeds 2 give \d+ too\.", page)
+    assert re.search(rf"Of the {len(report.CLAIMS)} verdicts above, the second set gives \d+ too", page)
+    assert "| AdaGRPO D&R − NLL continued " in page and f"| machine  | {report.machine()} " in page
     figures = re.findall(r"\]\((evidence/.*?png)\)", page + tables)
     assert sorted(figures) == ["evidence/coverage.png", "evidence/dynamics.png", "evidence/knob.png"]
     for figure in figures:
@@ -196,9 +197,31 @@ def test_which_verdicts_a_second_set_of_seeds_shares(monkeypatch):
     monkeypatch.setattr(report, "CLAIMS", claims)
     words = {"first": ["confirmed", "not seen", "confirmed"], "second": ["confirmed", "confirmed", "not seen"]}
     monkeypatch.setattr(report, "judged", lambda results, claim: (words[results.name][claims.index(claim)], {}))
-    second = SimpleNamespace(name="second", seeds=[7, 8])
-    assert report.agreement(SimpleNamespace(name="first", beside=second)) == (
-        "Of these 3 verdicts seeds 7, 8 give 1 too. Not: B beats C (confirmed). Nor: C beats D (not seen).")
+    first = SimpleNamespace(name="first", seeds=[1], beside=SimpleNamespace(name="second", seeds=[7, 8]))
+    text, table = report.agreement(first)
+    assert text == "Of the 3 verdicts above, the second set gives 1 too. The others:"
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[::2]] == [
+        ["finding", "seeds 1", "seeds 7, 8"], ["B beats C", "not seen", "confirmed"]]
+    assert table.splitlines()[3].split(" | ")[0] == "| C beats D"
+
+
+def test_two_sets_of_seeds_are_compared_and_taken_together(finished):
+    """D&R is 1 and 3 points above NLL on the first two seeds, 8 on the second set's only one."""
+    def hits(nll, both):
+        values = dict.fromkeys(ARMS, nll) | {"adagrpo": both}
+        return {"tuned": {name: [{"final": {"hr@10": x / 100}} for x in mine] for name, mine in values.items()}}
+
+    results = finished[2]._replace(seeds=[0, 1], rules=("tuned",), arms=hits([40, 50], [41, 53]))
+    beside = results._replace(seeds=[2], arms=hits([45], [53]), beside=None)
+    line = report.table_sets(results._replace(beside=beside)).splitlines()[2]
+    first, second, both = (float(cell.strip(" *").split(" ")[0]) for cell in line.split("|")[2:-1])
+    assert "NLL" in line and (first, second, both) == (2.0, 8.0, 4.0)
+
+
+@pytest.mark.parametrize("seeds, text", [([100, 101, 102], "100 to 102"), ([1, 2], "1, 2"), ([7], "7"),
+                                         ([100, 101, 102, 103, 300, 302, 303, 304], "100 to 103, 300, 302 to 304")])
+def test_seeds_in_words(seeds, text):
+    assert report.span(seeds) == text
 
 
 def test_the_table_of_coverage_says_who_is_admitted_and_what_it_gains(finished):
