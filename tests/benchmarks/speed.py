@@ -5,6 +5,7 @@
     python tests/benchmarks/speed.py --rows step-16-60 beams-60
     python tests/benchmarks/speed.py --quick                # every check and the smallest sizes: is it in order?
     python tests/benchmarks/speed.py --device cuda          # the rows of a GPU, products in bfloat16 on both sides
+    python tests/benchmarks/speed.py --words --before DIR   # over the vocabulary, beside a checkout of another commit
 
 Each row first checks that both sides compute the same, then times them in turn in one process: CPU time of one thread,
 which a busy machine disturbs less than the clock on the wall. What is printed is the median of the ratios of
@@ -36,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
+import vocabulary  # noqa: E402
 import work  # noqa: E402
 from transformers import TrainerCallback, logging  # noqa: E402
 
@@ -457,6 +459,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two pairs: does everything run and agree?")
     parser.add_argument("--results", default="", help="a JSON file to add to, so that rows can be run one by one")
     parser.add_argument("--sizes", action="store_true", help="instead: how a step's time grows with each size")
+    parser.add_argument("--words", action="store_true", help="instead: with the model's vocabulary")
+    parser.add_argument("--before", default="", help="a checkout of another commit, for --words")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="a GPU has rows of its own, too")
     parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
@@ -476,6 +480,14 @@ def main(argv=None):
         print("\n" + text)
         if given.write:
             write(f"{text}\n\n{machine()}.", "sizes")
+        return {}
+    if given.words:
+        quick = dict(shape="smoke", sizes=[1000]) if given.quick else {}
+        head, *rows = vocabulary.table(ROOT, given.before, 1 if given.quick else given.times, **quick)
+        text = "\n".join("| " + " | ".join(x) + " |" for x in [head, ["---:"] * len(head), *rows])
+        print("\n" + text)
+        if given.write:
+            write(f"{text}\n\n{machine()}.", "words")
         return {}
     saved = Path(given.results) if given.results else None
     results = json.loads(saved.read_text()) if saved and saved.exists() else {}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The benchmarks' own checks, on small models: both sides compute the same, and a difference shows."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_the_benchmark_of_logs_and_of_the_constrained_search_runs(tmp_path, caps
     feedback.million(tmp_path, rows=20, shown=3)
     feedback.constrained(200, 8, B=2, width=5, turns=1)
     assert capsys.readouterr().out.count("| ") >= 2
+
+
+def test_cost_over_the_vocabulary_is_measured_beside_another_checkout(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- words: speed.py writes from here -->\n<!-- words: to here -->\n")
+    monkeypatch.setattr(speed, "write", functools.partial(speed.write, page=page))
+    speed.main(["--quick", "--words", "--before", str(speed.ROOT), "--write"])
+    found = page.read_text().split("\n| 1,000 | ")[1].split(" | ")
+    assert len(found) == 5 and found[0] == found[2] and 0.1 < float(found[4].split()[0]) < 10, "the same script twice"
+    assert found[0] == "0.1", "millions of weights: 999 words of 32 numbers, and two layers"
 
 
 def test_the_sweep_over_model_families_tells_right_from_refused(capsys):
