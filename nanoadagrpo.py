@@ -647,10 +647,8 @@ def subset(prompts, n, seed, purpose):
 
 def read_catalogue(path):
     """The distinct Semantic IDs, in their order; items that share one cannot be told apart."""
-    try:
+    with in_one_line(f"{path}: not valid JSON"):
         entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({first_line(error)})") from None
     sids, entries = {}, dict(enumerate(entries)) if isinstance(entries, list) else entries
     for name, sid in entries.items() if isinstance(entries, dict) else ():
         kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), (12, 3, 4))]
@@ -678,11 +676,8 @@ def read_rows(path, catalogue, source, fields):
     path, is_csv = path.with_suffix(ending), ending == ".csv"
     known = {repr([*sid]): i for sid, i in catalogue.row.items()}
     columns = {field: names.get(field, field) for field in fields}
-    try:
+    with in_one_line(path, f"{source} needs train, valid and test{ending} beside it, in UTF-8"):
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no such file, or not in UTF-8 ({first_line(error)}); {source} needs train, "
-                        f"valid and test{ending} beside it") from None
 
     def parse(field, x):
         if field == "order" and x is None:
@@ -972,34 +967,33 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     It is the gate with beams as rollouts, and beside it that of a ranker which answers at random. A truth
     that the beams have missed is ranked as if it were among them.
     """
-    items, M, parts = each["item"], cfg.negatives, []
-    n, W = items.shape
+    item, M = each["item"], cfg.negatives
+    n, W = item.shape
     if n < 2 or not M or W * cfg.tau < 1:
         return {}
-    generator = make_generator(cfg.seed, "influence", cfg.device)
-    for rows in torch.arange(n, device=cfg.device).split(cfg.eval_batch_size):
-        part, at = prompts.rows(rows), items[rows]
-        u = torch.rand(len(rows), W + 1 + 3 * M, generator=generator, device=cfg.device)
-        others = (rows[:, None] + 1 + (u[:, :M] * (n - 1)).long()) % n
-        pool = torch.cat([at, part.target[:, None], items[others, (u[:, M : 2 * M] * W).long()]], 1)
-        first = (pool[:, :, None] == pool[:, None]).int().argmax(-1)  # equal items get equal scores
-        by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
-        by_ranker = sum(named(reward(part.history, pool)).values())
-        target_logp = -core.nll_loss(prefill_with_target(policy, part)[1])
-        logp = torch.where(at == part.target[:, None], target_logp[:, None], each["logp"][rows])
-        found = [core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)]
-        for x in by_ranker, by_chance:
-            x = x[:, W], x[:, :W], x[:, W + 1 :]
-            found += core.policy_rank(*x[:2], ties=cfg.ties), core.reliability(*x, **cfg.gate())
-        parts.append(found)
-    llm_rank, hard, *found = map(torch.cat, zip(*parts, strict=True))
-    row = dict(prompts=n, beams=W)
-    for who, rm_rank, reliable in (("ranker", *found[:2]), ("chance", *found[2:])):
-        row[f"{who}/reliable"] = reliable.float().mean()
+    u = torch.rand(n, W + 1 + 3 * M, generator=make_generator(cfg.seed, "influence", cfg.device),
+                   device=cfg.device)
+    row = torch.arange(n, device=cfg.device)
+    others = (row[:, None] + 1 + (u[:, :M] * (n - 1)).long()) % n
+    negatives = item[others, (u[:, M : 2 * M] * W).long()]
+    pool = torch.cat([item, prompts.target[:, None], negatives], 1)  # (n, W + 1 + M)
+    first = torch.stack([(pool == x[:, None]).int().argmax(1) for x in pool.unbind(1)], 1)
+    by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))  # equal items: equal scores
+    parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
+    by_ranker = torch.cat([sum(named(reward(part.history, x)).values()) for part, x in parts])
+    target_logp = -core.nll_loss(torch.cat([prefill_with_target(policy, part)[1] for part, _ in parts]))
+    logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
+
+    llm_rank, hard = core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)
+    found = dict(prompts=n, beams=W)
+    for who, x in ("ranker", by_ranker), ("chance", by_chance):
+        x = x[:, W], x[:, :W], x[:, W + 1 :]
+        rm_rank, reliable = core.policy_rank(*x[:2], ties=cfg.ties), core.reliability(*x, **cfg.gate())
+        found[f"{who}/reliable"] = reliable.float().mean()
         strata = core.reward_influence(llm_rank, rm_rank, hard=hard, discriminable=reliable)
         for name, stratum in strata._asdict().items():
-            row |= {f"{who}/{name}/{key}": x for key, x in stratum._asdict().items() if x.isfinite()}
-    return row
+            found |= {f"{who}/{name}/{key}": x for key, x in stratum._asdict().items() if x.isfinite()}
+    return found
 
 
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
@@ -1116,13 +1110,10 @@ def cut_vocabulary(model, known, catalogue, cfg):
     fill(apart)
     policy = Policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
-    try:
+    with in_one_line("no tree can grow on its kind of layers or cache"):
         prompt, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
         tree = tree_decode(policy, prompt, teacher_forcing(tokens))[1]
         found = torch.stack([tree, sequence_logp(policy, prompt, tokens)])[:, :, :2].cpu()
-    except Exception as error:  # of a cache or layers of the model's own
-        what = "no tree can grow on its kind of layers or cache"
-        raise ValueError(f"{what}: {first_line(error)}") from None
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
@@ -1149,6 +1140,15 @@ class UserError(ValueError):
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+@contextlib.contextmanager
+def in_one_line(what, remedy=""):
+    """What goes wrong inside, wherever it comes from, is told in one line: what it was about, and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy)) from None
 
 
 def make_generator(seed, purpose, device="cpu"):
@@ -1285,14 +1285,6 @@ def weights(module):
     return {name: x.detach() for x, name in once.items()}
 
 
-@contextlib.contextmanager
-def usable(checkpoint):
-    try:
-        yield
-    except Exception as error:  # a disk can do anything to a file, and another version can have written it
-        raise UserError(f"{checkpoint}: {first_line(error)}; mend that, or begin a new run") from None
-
-
 class Checkpoints:
     """RUN/checkpoint-ROWS-CHECKSUM.safetensors: all that a run needs to go on, in one file without pickle.
 
@@ -1309,8 +1301,8 @@ class Checkpoints:
         self.origin = {"set of data": content.hexdigest(), "number of processes": world_size(),
                        "set of flags": repr(same), "kind of device": cfg.device.split(":")[0]}
         if cfg.resume and self.files():
-            path = self.files()[-1]
-            with usable(path):
+            path = self.files()[-1]  # damaged, perhaps, or written by another version
+            with in_one_line(path, "mend that, or begin a new run"):
                 if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
                     raise ValueError("its checksum is not that in its name")
                 # Copies: where a tensor begins in the file's memory can decide a product's last digit.
@@ -1339,7 +1331,7 @@ class Checkpoints:
         if phase != self.state.get("phase"):
             return 0
         state, self.state = self.state, {}
-        with usable(self.files()[-1]):
+        with in_one_line(self.files()[-1], "mend that, or begin a new run"):
             for use, generator in generators.items():
                 generator.set_state(state["generators"][use].cpu())
             memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
@@ -1642,18 +1634,18 @@ def check_settings(cfg):
             raise UserError(f"--method {name:.80}: {hint}Choose from {', '.join(METHODS)}, all; each once")
     if cfg.keep == "best" and cfg.beam_width < 10:
         raise UserError("--keep best: chosen by HR@10, which needs --beam-width 10 or more")
-    try:  # the core knows which tau, rho and epsilon cannot work; ask it now, not after the supervised steps
-        if names != ["nll"]:
-            one = np.zeros((1, K))
-            core.group_advantages(one)
-            core.reliability(one[:, 0], one, one[:, : min(M, 1)], **cfg.gate())
-            core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
-            if M > (B - 1) * K:
-                raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "
-                                 "lower --negatives, or raise --batch-size to 2 or more")
-    except ValueError as error:
-        raise UserError(f"--tau {cfg.tau:g} --rho {cfg.rho:g} --epsilon {cfg.epsilon:g} --group-size {K} "
-                        f"--batch-size {B} --negatives {M}: {error}") from None
+    if names == ["nll"]:
+        return
+    # The core knows which tau, rho and epsilon cannot work; ask it now, not after the supervised steps.
+    with in_one_line(f"--tau {cfg.tau:g} --rho {cfg.rho:g} --epsilon {cfg.epsilon:g} --group-size {K} "
+                     f"--batch-size {B} --negatives {M}"):
+        one = np.zeros((1, K))
+        core.group_advantages(one)
+        core.reliability(one[:, 0], one, one[:, : min(M, 1)], **cfg.gate())
+        core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
+        if M > (B - 1) * K:
+            raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "
+                             "lower --negatives, or raise --batch-size to 2 or more")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1682,12 +1674,9 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     if given["resume"]:
         out = Path(given["resume"])
-        try:
+        with in_one_line(f"{out!s:.80}/config.json", "name a run of this version"):
             saved = json.loads((out / "config.json").read_text()) | dict(out="", resume="")
             Settings(**saved)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            where = f"{out!s:.80}/config.json"
-            raise UserError(f"{where}: {first_line(error):.90}; name a run of this version") from None
         parser.set_defaults(**saved)
         given = vars(parser.parse_args(argv))
         free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
@@ -1707,10 +1696,8 @@ def parse(argv):
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and device.startswith("cuda"):  # torchrun, with one process too
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with in_one_line(f"--device {device}"):
         torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device has faults of its own
-        raise UserError(f"--device {device}: {first_line(error)}") from None
     return dataclasses.replace(cfg, device=device)
 
 
@@ -1735,10 +1722,9 @@ def main(argv=None):
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        text, code, process = str(error), 2, os.environ.get("RANK", "0")
-        if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
+        text, code, process = str(error), interrupt.code or 2, os.environ.get("RANK", "0")
+        if interrupt.code:  # a library may have made another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
-            code = interrupt.code or 130
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
             text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
         elif isinstance(error, RuntimeError):
