@@ -206,7 +206,7 @@ def verdicts(results):
         each = difference(results, results.arm(name, reward), results.arm(other, reward))
         words = (f"{key} {said(each[key], 'higher', 'no clear difference', 'lower')} ({signed(each[key])})"
                  for key in ("AUC", "HR@10"))
-        return f"against {METHODS[other]} {', '.join(words)}"
+        return f"against {METHODS[other]}: {', '.join(words)}"
 
     for reward in REWARDS[:2]:
         yield (f"**Does the gate help? Reward: {NAMES[reward]}.** AdaGRPO D&R {found('adagrpo', 'nll')}; "

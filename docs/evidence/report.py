@@ -239,14 +239,18 @@ def together(results):
 
 def table_sets(results):
     """The main differences on either set of seeds, and on both."""
-    sets, rule = (results, results.beside, together(results)), results.rules[-1]
-    rows = [[f"HR@10, points, {RULES[rule]}", *(f"seeds {span(each.seeds)}" for each in sets[:2]), "both"]]
-    for name, other in (("adagrpo", "nll"), ("adagrpo", "random-gate"), ("adagrpo", "grpo+nll"),
-                        ("adagrpo", "adagrpo-r"), ("adagrpo", "r-thinned"), ("adagrpo-r", "nll"),
-                        ("adagrpo-r", "grpo+nll"), ("adagrpo-r", "random-at-r"), ("oracle-gate", "nll")):
-        rows.append([f"{NAMES[name]} − {NAMES[other]}",
-                     *(signed(more("hr@10", name, other)(each, rule)) for each in sets)])
-    return markdown(rows)
+    sets, first, last = (results, results.beside, together(results)), results.rules[0], results.rules[-1]
+    rows = [["difference", "in", *(f"seeds {span(each.seeds)}" for each in sets[:2]), "both"]]
+    hits = [("adagrpo", "nll"), ("adagrpo", "random-gate"), ("adagrpo", "grpo+nll"), ("adagrpo", "adagrpo-r"),
+            ("adagrpo", "r-thinned"), ("adagrpo-r", "nll"), ("adagrpo-r", "grpo+nll"), ("adagrpo-r", "random-at-r"),
+            ("oracle-gate", "nll")]
+    asked = [(last, "hr@10", *pair) for pair in hits] + [(last, "utility@10", "adagrpo", "grpo+nll")]
+    asked += [(first, "hr@10", *pair) for pair in hits[1:3]] if first != last else []
+    for rule, key, *pair in asked:
+        unit = "HR@10, points" if key == "hr@10" else "true utility"
+        rows.append([" − ".join(NAMES[name] for name in pair), f"{unit}; {RULES[rule]}",
+                     *(signed(more(key, *pair)(each, rule)) for each in sets)])
+    return markdown(rows, text=2)
 
 
 def agreement(results):
@@ -507,8 +511,9 @@ def knob_gains(results, rule):
 def figure_knob(results, path):
     figure = Figure(figsize=(6.5 * len(results.knob), 4), layout="constrained")
     for axes, rule in zip(figure.subplots(1, len(results.knob), squeeze=False)[0], results.knob, strict=True):
-        for (line, gains), colour in zip(knob_gains(results, rule).items(), ("C3", "C1", "0.35", "C8"), strict=True):
-            x, points = list(gains), list(gains.values())
+        lines = zip(knob_gains(results, rule).items(), ("C3", "C1", "0.35", "C8"), strict=True)
+        for i, ((line, gains), colour) in enumerate(lines):
+            x, points = [bait + (i - 1.5) / 100 for bait in gains], list(gains.values())  # whiskers side by side
             reach = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
             axes.errorbar(x, [p.mean for p in points], reach, label=line, color=colour, capsize=3, marker="o", ms=4,
                           ls="--" if line.startswith("oracle") else "-")

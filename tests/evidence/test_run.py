@@ -209,12 +209,13 @@ def test_two_sets_of_seeds_are_compared_and_taken_together(finished):
     """D&R is 1 and 3 points above NLL on the first two seeds, 8 on the second set's only one."""
     def hits(nll, both):
         values = dict.fromkeys(ARMS, nll) | {"adagrpo": both}
-        return {"tuned": {name: [{"final": {"hr@10": x / 100}} for x in mine] for name, mine in values.items()}}
+        return {"tuned": {name: [{"final": {"hr@10": x / 100, "utility@10": x}} for x in mine]
+                          for name, mine in values.items()}}
 
     results = finished[2]._replace(seeds=[0, 1], rules=("tuned",), arms=hits([40, 50], [41, 53]))
     beside = results._replace(seeds=[2], arms=hits([45], [53]), beside=None)
     line = report.table_sets(results._replace(beside=beside)).splitlines()[2]
-    first, second, both = (float(cell.strip(" *").split(" ")[0]) for cell in line.split("|")[2:-1])
+    first, second, both = (float(cell.strip(" *").split(" ")[0]) for cell in line.split("|")[3:-1])
     assert "NLL" in line and (first, second, both) == (2.0, 8.0, 4.0)
 
 
