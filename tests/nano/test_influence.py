@@ -24,7 +24,7 @@ class Judge:
 def scene():
     """A policy, the settings and the beams of its prompts: some are no items, and some hold the truth."""
     policy, c = make_policy(CATALOGUE, "gpt2", spread=0.1), cfg(beam_width=12, eval_batch_size=5)
-    nano.train_sft(policy, PROMPTS, settings(sft_steps=15, sft_batch_size=8, sft_lr=1e-2), lambda **row: None)
+    nano.train_sft(policy, PROMPTS, settings(sft_steps=8, sft_batch_size=8, sft_lr=1e-2), lambda **row: None)
     each = nano.evaluate(policy, Judge(), PROMPTS, c)[1]
     found = (each["item"] == PROMPTS.target[:, None]).any(1)
     assert (each["item"] < 0).any() and found.any() and not found.all()
@@ -192,7 +192,7 @@ def test_a_run_shows_it_on_the_screen_and_in_the_report_before_the_method_begins
     rows = [json.loads(line) for line in (folder / "here" / "metrics.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows] == [*["sft"] * 3, "influence", "test", "valid", "rl", "rl", "valid", "test"]
     text, out = nano.influence_table(rows[3]), capsys.readouterr().out
-    assert text in out and (folder / "here" / "report.md").read_text().endswith(text)
+    assert text in out and (folder / "here" / "report.md").read_text().endswith(text + "\n")
     assert out.index(text) < out.index("| method")
     nano.main([*given, "--method", "nll", "--negatives", "0", "--out", "nll"])
     assert "Influence" not in (folder / "nll" / "report.md").read_text() + capsys.readouterr().out
