@@ -36,10 +36,9 @@ import ast
 import contextlib
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import itertools
 import json
@@ -70,7 +69,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -126,7 +124,6 @@ class Settings:
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "a tracker, beside metrics.jsonl", choices="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
     dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", choices="auto float32 bfloat16")
 
@@ -162,14 +159,14 @@ class Policy:
         self.model = model.to(cfg.device).eval()  # also in training: with dropout, two passes would disagree
         self.catalogue, self.tokenizer = catalogue, tokenizer
         self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id
-        self.allowed = catalogue if cfg.constrained else None  # what samples and beams have to follow
+        self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
         accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the cache
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
         on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
 
     @functools.cached_property
-    def trained(self):  # for passes with a gradient
+    def data_parallel_model(self):  # for passes with a gradient
         return data_parallel(self.model)
 
     def forward(self, tokens, attention_mask, positions, layers=None, keep=0):
@@ -186,7 +183,7 @@ class Policy:
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=tokens.device)
         mask = mask.masked_fill(~attention_mask, blocked)[:, None]
         cache = DynamicCache(layers)  # shares the tensors, so that one prompt can be continued many times
-        model = self.trained if torch.is_grad_enabled() else self.model
+        model = self.data_parallel_model if torch.is_grad_enabled() else self.model
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                            logits_to_keep=keep, **{self.cache_name: cache}).logits
@@ -239,14 +236,14 @@ def prefill_with_target(policy, batch):
 # of n new branches, which old one it continues and by which token: two integer tensors (B, n).
 
 
-def same_parent(prefix, n):
-    """Each of n branches continues itself; at the first level all of them continue the prompt."""
+def unbranched(prefix, n):
+    """Parents (B, n): each of n branches continues itself; at the first level all continue the prompt."""
     return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
 
 
 def teacher_forcing(tokens):
     """Follow these Semantic IDs (B, n, L)."""
-    return lambda prefix, logp, total: (same_parent(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
+    return lambda prefix, logp, total: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
 def candidates(logp, prefix, catalogue):
@@ -275,7 +272,7 @@ def sample(uniform, catalogue=None):
         u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
         token = words.gather(-1, token) if catalogue else token
-        return same_parent(prefix, uniform.shape[-1]), token.flatten(1)
+        return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
     return select
 
@@ -286,8 +283,8 @@ def beam(width, catalogue=None):
     def select(prefix, logp, total):
         words, logp = candidates(logp, prefix, catalogue)
         score = (total[..., None] + logp).flatten(1)  # (B, m * C)
-        most = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]  # all there is
-        best = score.topk(min(width, most)).indices
+        there_are = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]
+        best = score.topk(min(width, there_are)).indices
         token = words.flatten(1).gather(1, best) if catalogue else best % logp.shape[-1]
         return best // logp.shape[-1], token
 
@@ -383,21 +380,23 @@ def rollout(policy, batch, parts, K, generator):
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, keep_graph = [], len(parts) == 1
+    pieces, prefills = [], []
     for part in parts:
-        with torch.set_grad_enabled(keep_graph):
-            prompt, target_logp = prefill_with_target(policy, batch.rows(part))
+        with torch.set_grad_enabled(len(parts) == 1):
+            prefills = [prefill_with_target(policy, batch.rows(part))]
+        prompt, target_logp = prefills[0]
         with torch.no_grad():  # most are not admitted; the update builds a graph for those that are
-            sampled = tree_decode(policy, prompt, sample(uniform[:, part], policy.allowed))
-            pieces.append((*sampled, target_logp.detach()))
-    return *map(all_gather, zip(*pieces, strict=True)), [(prompt, target_logp)] if keep_graph else []
+            tokens, logp = tree_decode(policy, prompt, sample(uniform[:, part], policy.constraint))
+        pieces.append((tokens, logp, target_logp.detach()))
+    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
+    return tokens, logp, target_logp, prefills if len(parts) == 1 else []
 
 
 def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
 
-    restore(optimizer, generators) says at which step to begin; both are then as they were at that step.
-    on_step(step, optimizer, generators) is called after each step, to evaluate and to save.
+    restore(optimizer, generators, name) says at which step to begin; both are then as they were at that step.
+    on_step(step, optimizer, generators, name) is called after each step, to evaluate and to save.
     """
     method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
     lr = cfg.lr if method.supervised else cfg.grpo_lr
@@ -408,13 +407,13 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
     order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, "order")).to(cfg.device)
     parts = local_micro_batches(B, cfg.micro_batch_size)  # slices of a batch: what a process runs at once
 
-    for step in progress(range(restore(optimizer, generators), cfg.rl_steps), name):
-        batch, prefills, admitted_rows = prompts.rows(order[step]), [], [[]] * len(parts)
+    for step in progress(range(restore(optimizer, generators, name), cfg.rl_steps), name):
+        batch, prefills, admitted_rows = prompts.rows(order[step]), [], [[] for _ in parts]
         watched, stats = {}, {}
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
-            drawn = rollout(policy, batch, parts, K, generators["rollouts"])
-            rollouts, old_logp, target_logp, prefills = drawn
+            rollouts, old_logp, target_logp, prefills = rollout(
+                policy, batch, parts, K, generators["rollouts"])
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -441,18 +440,19 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                prefilled = prefills.pop() if prefills else prefill_with_target(policy, batch.rows(part))
-                prompt, target_logp = prefilled
+                prompt, target_logp = (
+                    prefills.pop() if prefills else prefill_with_target(policy, batch.rows(part)))
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
                 loss = method.supervised * nll.sum() / B  # pure GRPO: 0, but DDP needs every backward
                 if len(rows):  # only they need a graph through their rollouts, often one in ten
-                    place, old = rows - part.start, old_logp[rows]
-                    prompt = prompt if len(rows) == len(nll) else prompt.rows(place)
+                    in_part, old = rows - part.start, old_logp[rows]
+                    prompt = prompt if len(rows) == len(nll) else prompt.rows(in_part)
                     logp = sequence_logp(policy, prompt, rollouts[rows])
                     surrogate = core.grpo_loss(logp, old, advantages[rows], epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
-                    grpo[place], ratio[place] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
+                    grpo[in_part] = surrogate.detach()
+                    ratio[in_part] = (logp.detach() - old).exp().mean((1, 2))
                 (loss * world_size()).backward()  # DDP averages over processes
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
@@ -462,7 +462,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
             stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
         log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
-        on_step(step + 1, optimizer, generators)
+        on_step(step + 1, optimizer, generators, name)
 
 
 # -- supervised training, which makes the base policy, and evaluation ----------------------------------------
@@ -473,7 +473,7 @@ def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_
     B = cfg.sft_batch_size
     optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
     order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
-    for step in progress(range(restore(optimizer, {}), cfg.sft_steps), "sft"):
+    for step in progress(range(restore(optimizer, {}, "sft"), cfg.sft_steps), "sft"):
         batch, terms = prompts.rows(order[step]), []
         for part in local_micro_batches(B, cfg.micro_batch_size):
             nll = core.nll_loss(prefill_with_target(policy, batch.rows(part))[1])
@@ -482,7 +482,7 @@ def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_
         nll = all_gather(terms)
         norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
         log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
-        on_step(step + 1, optimizer, {})
+        on_step(step + 1, optimizer, {}, "sft")
 
 
 @torch.no_grad()
@@ -491,14 +491,14 @@ def evaluate(policy, ranker, prompts, cfg):
     n, parts, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
-    local = local_rows(n).to(cfg.device)  # of several processes, each runs its share
-    for rows in progress(local.split(cfg.eval_batch_size), "evaluate"):
+    for rows in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
+        rows = torch.arange(rows.start, rows.stop, device=cfg.device).clamp(max=n - 1)  # the last one again
         part = prompts.rows(rows)
         prompt = prefill(policy, part.history)
-        beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.allowed))
+        beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.constraint))
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
-        samples, _ = tree_decode(policy, prompt, sample(uniform[:, rows], policy.allowed))
+        samples, _ = tree_decode(policy, prompt, sample(uniform[:, rows], policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
         valid, hit = item >= 0, item == part.target[:, None]
         place = valid.cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
@@ -916,11 +916,8 @@ def own_reward(cfg):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up."""
     module, _, name = cfg.reward.partition(":")
     with users_code(cfg):
-        sys.path.append(here := os.getcwd())  # modules in the current folder are found too
-        try:
-            function = getattr(importlib.import_module(module), name)
-        finally:
-            sys.path.remove(here)
+        sys.path.append(os.getcwd())  # modules in the current folder are found too
+        function = getattr(importlib.import_module(module), name)
 
     @users_code(cfg)
     def reward(history, item):
@@ -1026,13 +1023,17 @@ def make_policy(model, catalogue, cfg):
     return Policy(model, catalogue, cfg, tokenizer)
 
 
-def pretrained_policy(source, catalogue, cfg):
-    """A causal language model, from the hub or a folder, with its vocabulary cut to Semantic IDs."""
-    T, kind = (cfg.max_history + 1) * catalogue.L + 1, ""  # of start, history, query and L - 1 tokens
+def pretrained_policy(catalogue, cfg):
+    """The causal language model --model, from the hub or a folder, cut to Semantic IDs."""
+    source = cfg.model
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
-    try:
+    what, remedy = f"--model {source}", ("expected a decoder-only model of plain attention, folder or hub "
+                                         "name, with config.json and safetensors")
+    with in_one_line(what, remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
-        kind, context = f", a {config.model_type}", getattr(config, "max_position_embeddings", None) or T
+    with in_one_line(f"{what}, a {config.model_type}", remedy):
+        T = (cfg.max_history + 1) * catalogue.L + 1  # of start, history, query and L - 1 tokens
+        context = getattr(config, "max_position_embeddings", None) or T
         if 0 < context < T:
             raise ValueError(f"its context of {context} tokens is too short for {T}; lower --max-history")
         files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
@@ -1048,9 +1049,6 @@ def pretrained_policy(source, catalogue, cfg):
         for p in model.parameters():  # out of the file's memory: its start can decide a last digit
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
-    except Exception as error:  # what can be wrong with a foreign model is not a short list
-        raise UserError(f"--model {source}{kind}: {first_line(error)}; expected a decoder-only model of "
-                        "plain attention, folder or hub name, with config.json and safetensors") from None
 
 
 def tables_of(model):
@@ -1118,11 +1116,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
     fill(true)
-    with torch.device("meta"):  # shapes alone
-        again = model_of(model.config.to_dict())
-    shapes = [{name: x.shape for name, x in each.state_dict().items()} for each in (model, again)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("it would not load again from what is saved of it")
+    with in_one_line("it would not load again from what is saved of it"), torch.device("meta"):
+        model_of(model.config.to_dict()).load_state_dict(model.state_dict(), assign=True)
     return make_policy(model, catalogue, cfg)
 
 
@@ -1144,7 +1139,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def in_one_line(what, remedy=""):
-    """What goes wrong inside, wherever it comes from, is told in one line: what it was about, and the remedy."""
+    """Whatever goes wrong inside is told in one line: what it was about, the error, and the remedy."""
     try:
         yield
     except Exception as error:
@@ -1184,8 +1179,8 @@ def world_size():
 
 
 def local_micro_batches(B, size):
-    """Slices of the B rows that this process runs, `size` at a time; 0: all of them at once."""
-    n = B // world_size()
+    """Slices of B rows that this process runs, `size` at a time; 0: all at once. All run equally many."""
+    n = -(-B // world_size())
     start, stop, size = rank() * n, (rank() + 1) * n, size or n
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
@@ -1201,15 +1196,9 @@ def data_parallel(model):
     """The model; of several processes, a backward pass through it gives each the mean of all gradients."""
     if world_size() == 1:
         return model
-    parallel = DistributedDataParallel(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
     parallel.broadcast_buffers = False  # they are constants; it would hang where one process admits nobody
     return parallel
-
-
-def local_rows(n):
-    """Which of n rows this process evaluates; all have equally many, so some of the last are done twice."""
-    size = -(-n // world_size())
-    return torch.arange(rank() * size, (rank() + 1) * size).clamp(max=n - 1)
 
 
 def all_gather(pieces):
@@ -1252,15 +1241,8 @@ class MetricsLog:
 
     def __init__(self, out, cfg, rows):
         self.path = out / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
-        self.rows, self.device, self.last, self.track = rows, cfg.device, time.perf_counter(), None
+        self.rows, self.device, self.last = rows, cfg.device, time.perf_counter()
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if rank() == 0 and cfg.log_to == "tensorboard":
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
-            self.track = lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
-        elif rank() == 0 and cfg.log_to:  # wandb and trackio count rows; our step is one of the numbers
-            library = importlib.import_module(cfg.log_to)
-            library.init(project="nanoadagrpo", name=out.name, config=dataclasses.asdict(cfg))
-            self.track = lambda numbers, step: library.log(numbers)
 
     def __call__(self, **row):
         # All the numbers of a step cross from the GPU at once, after its work has been queued.
@@ -1274,9 +1256,6 @@ class MetricsLog:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        if self.track:
-            name = "/".join(row[key] for key in ("phase", "method") if key in row)
-            self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
 
 
 def weights(module):
@@ -1297,7 +1276,7 @@ class Checkpoints:
         content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
         for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
             content.update(b"" if x is None else x.cpu().numpy().tobytes())
-        same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
+        same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0)
         self.origin = {"set of data": content.hexdigest(), "number of processes": world_size(),
                        "set of flags": repr(same), "kind of device": cfg.device.split(":")[0]}
         if cfg.resume and self.files():
@@ -1318,7 +1297,7 @@ class Checkpoints:
                     if x != self.state["origin"][key]:
                         raise ValueError(f"the run was begun with another {key}")
                 model = model_of(self.state["model"])
-                for found in (self.base, self.best, self.state["policy"]):
+                for found in (self.base, self.best.get("weights", {}), self.state["policy"]):
                     if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
                         raise ValueError("its weights are of another model")
                 self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
@@ -1326,7 +1305,7 @@ class Checkpoints:
     def files(self):
         return sorted(self.out.glob("checkpoint-*.safetensors"))  # oldest first
 
-    def restore(self, phase, optimizer, generators):
+    def restore(self, optimizer, generators, phase):
         """The step at which to begin; in the phase in which the run stopped, with all as it was."""
         if phase != self.state.get("phase"):
             return 0
@@ -1339,7 +1318,7 @@ class Checkpoints:
             optimizer.schedule.load_state_dict(state["schedule"])
             return state["step"]
 
-    def save(self, policy, rows, phase, step, optimizer, generators):
+    def save(self, policy, rows, step, optimizer, generators, phase):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
 
         def number(tensor):
@@ -1422,7 +1401,7 @@ def influence_table(row):
     else:
         verdict = (f"{R / chance:.1f} times as often: " if chance else "") + "the ranker separates"
     return (f"## Influence of the ranker\n\n{markdown(titles, rows)}\n\n"
-            f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.\n")
+            f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.")
 
 
 def picture(rows, path):
@@ -1460,18 +1439,18 @@ def run(cfg):
         reward_of(reward, data.rl.history[:2], data.rl.target[:2][:, None], [slice(0, 2)])
     policy = None  # in the checkpoint, or else new: what is refused leaves no folder behind
     if not (cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))):
-        new = functools.partial(pretrained_policy, cfg.model) if cfg.model else tiny_policy
-        policy = new(data.catalogue, cfg)
-    out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
-    with locked(out, rows):
+        policy = (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
+    out = Path(cfg.resume) if cfg.resume else make_folder(cfg)
+    with locked(out):
         checkpoints = Checkpoints(out, cfg, data)
-        policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
+        policy, rows = checkpoints.policy or policy, checkpoints.state.get("rows", [])
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
-        return train_and_report(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
+        return train_all(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
 
 
-def train_and_report(policy, reward, data, cfg, log, checkpoints):
+def train_all(policy, reward, data, cfg, log, checkpoints):
+    """The base policy, each method from there, and what is measured on the way; the report at the end."""
     out, names, rows, began = checkpoints.out, methods(cfg) if cfg.rl_steps else [], log.rows, time.time()
     ranker = train_ranker(data.catalogue, data.log, cfg)
     judged = judge_ranker(ranker, data.holdout) if data.holdout else {}
@@ -1484,33 +1463,27 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
                "valid": subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")}
 
     def measure(phase, method, step, **more):
-        log(phase=phase, method=method, step=step, **evaluate(policy, ranker, prompts[phase], cfg)[0], **more)
+        metrics, _ = evaluate(policy, ranker, prompts[phase], cfg)
+        log(phase=phase, method=method, step=step, **metrics, **more)
+        return metrics
 
     def copied():
         return {name: x.clone() for name, x in weights(policy.model).items()}
 
-    def curve(method):
-        return {row["step"]: row.get("hr@10") for row in rows
-                if row["phase"] == "valid" and row["method"] == method}
-
     def numbers(row):
         return {k: x for k, x in row.items() if k not in ("phase", "method", "step", "seconds", "memory")}
 
-    def on_step(phase, step, *state):
+    def on_step(step, optimizer, generators, phase):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
-            measure("valid", phase, step)
-            if cfg.keep == "best":
-                *before, now = curve(phase).values()
-                checkpoints.best = copied() if now > max(before) else checkpoints.best
+            hr = measure("valid", phase, step).get("hr@10")
+            if cfg.keep == "best" and hr > checkpoints.best["hr"]:
+                checkpoints.best = dict(step=step, hr=hr, weights=copied())
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
-            checkpoints.save(policy, rows, phase, step, *state)
-
-    def hooks(phase):
-        return functools.partial(checkpoints.restore, phase), functools.partial(on_step, phase)
+            checkpoints.save(policy, rows, step, optimizer, generators, phase)
 
     if checkpoints.state.get("phase") not in names:
-        train_sft(policy, data.sft, cfg, log, *hooks("sft"))
+        train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
     base = checkpoints.base or copied()
     checkpoints.base = base if len(names) > 1 or cfg.keep == "best" else {}  # others start from it
     tested = {row["method"] for row in rows if row["phase"] == "test"}
@@ -1519,20 +1492,20 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
         *start, each = evaluate(policy, ranker, prompts["valid"], cfg)
         if influence := ranker_influence(policy, reward, prompts["valid"], each, cfg):
             log(phase="influence", step=0, **influence)
-            print_main(influence_table(rows[-1]))
+            print_main(influence_table(rows[-1]) + "\n")
         measure("test", "base", 0)
     for name in [name for name in names if name not in tested]:
         if checkpoints.state.get("phase") != name:
             policy.model.load_state_dict(base, strict=False)
             log(phase="valid", method=name, step=0, **start[0])
-        train_rl(policy, reward, data.rl, cfg, name, log, *hooks(name))
+            checkpoints.best = dict(step=0, hr=start[0].get("hr@10"), weights={})  # the base
+        train_rl(policy, reward, data.rl, cfg, name, log, checkpoints.restore, on_step)
         mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
         admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
         kept = {}
         if cfg.keep == "best":
-            kept = dict(kept_step=max(curve(name), key=curve(name).get))
-            policy.model.load_state_dict(checkpoints.best or base, strict=False)
-            checkpoints.best = {}
+            kept = dict(kept_step=checkpoints.best["step"])
+            policy.model.load_state_dict(checkpoints.best["weights"] or base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
@@ -1543,22 +1516,25 @@ def train_and_report(policy, reward, data, cfg, log, checkpoints):
             policy.save(out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
         picture(rows, out / "dynamics.png")
-        influence = "".join(influence_table(row) for row in rows if row["phase"] == "influence")
-        given = [(to_flag(name), x) for name, x in dataclasses.asdict(cfg).items()
-                 if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
-        again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
-        machine = f"torch {torch.__version__} on {cfg.device}, {torch.get_num_threads()} threads"
         tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-        page = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, {machine}\n"
-        (out / "report.partial").write_text(f"# {out.name}\n\n`python nanoadagrpo.py {again}`\n\n"
-                                            f"{table(results, COLUMNS)}\n\n{page}\n"
-                                            f"![training dynamics](dynamics.png)\n\n{influence}")
-        (out / "report.partial").rename(out / "report.md")
+        about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
+        about += f"{cfg.device}, {torch.get_num_threads()} threads"
+        write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
         for path in (*checkpoints.files(), *out.rglob(".tmp*")):  # the run is complete
             path.unlink()  # the latter are safetensors' own, of a run that was killed
-        print(f"\n{table(results, ON_SCREEN)}\n\n{page}{out}: policy, figure, and a report with all columns "
-              "(their definitions: docs/metrics.md)")
+        print(f"\n{table(results, ON_SCREEN)}\n\n{about}\n{out}: policy, figure, and a report with all "
+              "columns (their definitions: docs/metrics.md)")
     return results
+
+
+def write_report(out, cfg, results, about, influence):
+    given = [(to_flag(name), x) for name, x in dataclasses.asdict(cfg).items()
+             if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
+    again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
+    parts = [f"# {out.name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
+             "![training dynamics](dynamics.png)", *map(influence_table, influence)]
+    (out / "report.partial").write_text("\n\n".join(parts) + "\n")
+    (out / "report.partial").rename(out / "report.md")
 
 
 def make_folder(cfg):
@@ -1588,7 +1564,7 @@ def make_folder(cfg):
 
 
 @contextlib.contextmanager
-def locked(out, rows):
+def locked(out):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
     with open(out / "config.json" if rank() == 0 else os.devnull) as file:
         try:
@@ -1599,10 +1575,7 @@ def locked(out, rows):
         except BlockingIOError:
             raise UserError(f"--resume {out}: another process runs it; wait for it, or stop it") from None
         except KeyboardInterrupt:
-            last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
-            after = f"{last.get('method', 'sft')}, step {last['step']}"
-            text = f"stopped after {after}; go on with --resume {out}"
-            raise KeyboardInterrupt(text) from None
+            raise KeyboardInterrupt(f"stopped; go on with --resume {out}") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
 
@@ -1630,8 +1603,7 @@ def check_settings(cfg):
     names, B, K, M = methods(cfg), cfg.batch_size, cfg.group_size, cfg.negatives
     for name in names:
         if name not in METHODS or names.count(name) > 1:
-            hint = "".join(f"did you mean {x}? " for x in difflib.get_close_matches(name, METHODS, 1))
-            raise UserError(f"--method {name:.80}: {hint}Choose from {', '.join(METHODS)}, all; each once")
+            raise UserError(f"--method {name:.80}: choose from {', '.join(METHODS)}, all; each once")
     if cfg.keep == "best" and cfg.beam_width < 10:
         raise UserError("--keep best: chosen by HR@10, which needs --beam-width 10 or more")
     if names == ["nll"]:
@@ -1679,7 +1651,7 @@ def parse(argv):
             Settings(**saved)
         parser.set_defaults(**saved)
         given = vars(parser.parse_args(argv))
-        free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
+        free = ("resume", "data", "device", "save_every")  # the same data may have moved
         if changed := [to_flag(name) for name in saved if given[name] != saved[name] and name not in free]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
         if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
@@ -1687,8 +1659,6 @@ def parse(argv):
     cfg = Settings(**given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
-    if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
-        raise UserError(f"--log-to {cfg.log_to}: not installed; pip install {cfg.log_to}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says so
     if cfg.sft_batch_size % processes or cfg.batch_size % processes:
         sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"
@@ -1722,9 +1692,10 @@ def main(argv=None):
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        text, code, process = str(error), interrupt.code or 2, os.environ.get("RANK", "0")
-        if interrupt.code:  # a library may have made another error of it
+        text, code, process = str(error), 2, os.environ.get("RANK", "0")
+        if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
+            code = interrupt.code or 130
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
             text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
         elif isinstance(error, RuntimeError):

@@ -111,7 +111,7 @@ def make(name, folder):
 
 
 def load(folder):
-    return nano.pretrained_policy(str(folder), CATALOGUE, nano.Settings(
+    return nano.pretrained_policy(CATALOGUE, nano.Settings(
         model=str(folder), device="cpu", max_history=4, beam_width=W, group_size=6))
 
 

@@ -107,7 +107,7 @@ def steps(policy, prompts, cfg, method="grpo"):
     supervised = (nano.METHODS | OWN)[method].supervised
     kept, saved = nano.Optimizer(policy.model, cfg.lr if supervised else cfg.grpo_lr, cfg.rl_steps * cfg.updates), {}
     for step in range(cfg.rl_steps):
-        def begin(optimizer, generators, step=step):
+        def begin(optimizer, generators, *_, step=step):
             optimizer.adamw, optimizer.schedule = kept.adamw, kept.schedule
             generators.update(saved)
             saved.update(generators)
@@ -180,7 +180,7 @@ def check_step(policy, history, K, seed=0):
 
 @torch.no_grad()
 def our_beams(policy, history, width):
-    return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width, policy.allowed))
+    return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width, policy.constraint))
 
 
 def allowed_tokens(catalogue, T):

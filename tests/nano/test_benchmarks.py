@@ -48,7 +48,7 @@ def test_beams_are_those_of_hugging_face():
     policy = work.a_policy("smoke", 20)
     history = work.some_prompts(policy, 3, 20).history
     assert work.check_beams(policy, history, 12)["in the same place"] > 0.9
-    policy.allowed, allowed = policy.catalogue, work.allowed_tokens(policy.catalogue, 20)
+    policy.constraint, allowed = policy.catalogue, work.allowed_tokens(policy.catalogue, 20)
     assert work.check_beams(policy, history, 12, allowed)["in the same place"] > 0.9
 
 

@@ -31,7 +31,7 @@ class Judge:
 class Parrot:
     """A policy that says what it was told to."""
 
-    catalogue, allowed = CATALOGUE, None
+    catalogue, constraint = CATALOGUE, None
 
 
 @pytest.fixture

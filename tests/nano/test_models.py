@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -54,7 +55,7 @@ WITHOUT_START = ("gpt2", "phi", "qwen2")  # in what follows
 
 
 def load(folder, catalogue=CATALOGUE, **changes):
-    return nano.pretrained_policy(str(folder), catalogue, settings(
+    return nano.pretrained_policy(catalogue, settings(
         model=str(folder), **{"max_history": 3, "beam_width": 12, "group_size": 6, **changes}))
 
 
@@ -477,7 +478,8 @@ REFUSED = {
         attention_types=[[["global", "local"], 1]], window_size=4)), ["gpt_neo", TREE]),
     "mpt": (made_of(MptConfig(**PLAIN, d_model=16, n_layers=2, n_heads=2, max_seq_len=64)), ["mpt", TREE]),
     "bloom": (made_of(BloomConfig(**PLAIN, hidden_size=16, n_layer=2, n_head=2)), ["bloom"]),
-    "gemma 3n": (with_tables_per_layer, ["gemma3n", TREE]),
+    # transformers 5.0 stops before the comparison, at the second table, which has fewer rows than the grown first one
+    "gemma 3n": (with_tables_per_layer, ["gemma3n", "index" if transformers.__version__.startswith("5.0.") else TREE]),
     "lfm2": (made_of(Lfm2Config(**PLAIN, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                                 num_key_value_heads=1, intermediate_size=24, full_attn_idxs=[1])), ["lfm2"]),
     "mamba": (made_of(MambaConfig(**PLAIN, hidden_size=16, num_hidden_layers=1, state_size=4)), ["mamba"]),
