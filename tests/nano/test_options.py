@@ -2,8 +2,11 @@
 """Own rewards, seconds, and where the host waits for the GPU."""
 
 import json
+import re
 import sys
+import textwrap
 import time
+import types
 
 import pytest
 import torch
@@ -166,6 +169,24 @@ def test_what_shows_in_training_alone_is_one_line_too(mine, capsys, folder, text
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_lines_on_the_page_tell_a_tracker_every_number(mine, folder, monkeypatch):
+    fake, told = types.ModuleType("wandb"), []
+    fake.init, fake.log = lambda project: fake, told.append
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    mine("")
+    run("--out", "here")
+    page = nano.Path(nano.__file__).parent / "docs" / "models.md"
+    page = page.read_text(encoding="utf-8").split("\n## Watching\n")[1]
+    with (folder / "here" / "metrics.jsonl").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        exec(textwrap.dedent(re.search("((?:^    .*\n)+)", page, re.MULTILINE)[1]), {})
+    rows = lines(folder / "here" / "metrics.jsonl")
+    assert len(told) == len(rows) > 5
+    for row, numbers in zip(rows, told, strict=True):
+        name = "/".join(row[key] for key in ("phase", "method") if key in row)
+        assert numbers == {f"{name}/{key}": value for key, value in row.items() if not isinstance(value, str)}
 
 
 def test_every_row_says_how_long_it_took(mine, folder):
