@@ -336,6 +336,7 @@ def constrained_step(quick, times):
     policy, method = work.a_policy("smoke" if quick else "tiny"), work.admitting(1)
     free, constrained = (work.copied(policy) for _ in range(2))
     constrained.constraint = policy.catalogue
+    work.check_constrained(constrained, work.some_prompts(policy, 4, 61).history)
     free, constrained = (work.steps(each, work.some_prompts(policy, 16, 61), work.settings(4, 50), method)
                          for each in (free, constrained))
     return ratios(in_turn(lambda: [next(free) for _ in range(3)], lambda: [next(constrained) for _ in range(3)], times))

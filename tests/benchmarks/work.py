@@ -219,6 +219,16 @@ def check_beams(policy, history, width, allowed=None):
     return {"beams": difference, "in the same place": equal.float().mean().item()}
 
 
+def check_constrained(policy, history, n=50):
+    """Samples of a policy with a constraint are items: without this, a constraint that is not read would be timed."""
+    uniform = torch.rand(L, len(history), n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.no_grad():
+        select = nano.sample(uniform, policy.constraint)
+        samples, _ = nano.tree_decode(policy, nano.prefill(policy, history), select)
+    if (nano.Catalogue.item(policy.catalogue, samples) < 0).any():  # AnyCombination's own takes everything
+        raise AssertionError("constrained: a sample is no item")
+
+
 # -- the core's functions against torch by hand ------------------------------------------------------------------------
 
 

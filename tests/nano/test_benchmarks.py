@@ -52,6 +52,15 @@ def test_beams_are_those_of_hugging_face():
     assert work.check_beams(policy, history, 12, allowed)["in the same place"] > 0.9
 
 
+def test_a_constraint_that_is_not_read_is_not_timed():
+    policy = work.a_policy("smoke", 20)
+    history = work.some_prompts(policy, 3, 20).history
+    with pytest.raises(AssertionError, match="no item"):
+        work.check_constrained(policy, history)
+    policy.constraint = policy.catalogue
+    work.check_constrained(policy, history)
+
+
 @pytest.mark.parametrize("hand", [work.hand_loss, work.guarded_loss])
 def test_the_cores_loss_and_gradients_are_those_of_torch_by_hand(hand):
     case = work.core_case(B=16, K=12)
