@@ -1187,8 +1187,9 @@ def local_micro_batches(B, size):
 
 def split_rows(which, parts):
     """Where `which` (B,) is true: row numbers, a tensor for each part of the batch."""
-    rows = which.cpu().nonzero()[:, 0]
-    return [rows[(part.start <= rows) & (rows < part.stop)].to(which.device) for part in parts]
+    yes = which.tolist()
+    rows = [[b for b in range(part.start, part.stop) if yes[b]] for part in parts]
+    return [torch.tensor(x, dtype=torch.long, device=which.device) for x in rows]
 
 
 def data_parallel(model):
