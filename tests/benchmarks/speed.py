@@ -372,7 +372,7 @@ def toy(quick, times, arguments):
 # -- how cost grows ----------------------------------------------------------------------------------------------------
 
 USUAL = dict(B=4, K=16, T=61, L=3, M=1, N=3000, layers=4, width=256)
-AXES = dict(B=[2, 8], K=[8, 64], T=[31, 241], L=[2, 6], M=[1, 8], N=[3000, 300000], layers=[2, 8], width=[128, 512])
+AXES = dict(B=[2, 8], K=[8, 64], T=[31, 241], L=[2, 6], N=[3000, 300000], layers=[2, 8], width=[128, 512])
 
 
 def step_seconds(times, method, B, K, T, L, M, N, layers, width):
