@@ -38,7 +38,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -124,6 +124,7 @@ class Settings:
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
+    log_to: str = option("", "a tracker, beside metrics.jsonl", choices="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
     dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", choices="auto float32 bfloat16")
 
@@ -1241,8 +1242,15 @@ class MetricsLog:
 
     def __init__(self, out, cfg, rows):
         self.path = out / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
-        self.rows, self.device, self.last = rows, cfg.device, time.perf_counter()
+        self.rows, self.device, self.last, self.track = rows, cfg.device, time.perf_counter(), None
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if rank() == 0 and cfg.log_to == "tensorboard":
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+            self.track = lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
+        elif rank() == 0 and cfg.log_to:  # wandb and trackio count rows; our step is one of the numbers
+            library = importlib.import_module(cfg.log_to)
+            library.init(project="nanoadagrpo", name=out.name, config=dataclasses.asdict(cfg))
+            self.track = lambda numbers, step: library.log(numbers)
 
     def __call__(self, **row):
         # All the numbers of a step cross from the GPU at once, after its work has been queued.
@@ -1256,6 +1264,9 @@ class MetricsLog:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self.track:
+            name = "/".join(row[key] for key in ("phase", "method") if key in row)
+            self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
 
 
 def weights(module):
@@ -1276,7 +1287,7 @@ class Checkpoints:
         content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
         for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
             content.update(b"" if x is None else x.cpu().numpy().tobytes())
-        same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0)
+        same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
         self.origin = {"set of data": content.hexdigest(), "number of processes": world_size(),
                        "set of flags": repr(same), "kind of device": cfg.device.split(":")[0]}
         if cfg.resume and self.files():
@@ -1440,10 +1451,10 @@ def run(cfg):
     policy = None  # in the checkpoint, or else new: what is refused leaves no folder behind
     if not (cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))):
         policy = (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
-    out = Path(cfg.resume) if cfg.resume else make_folder(cfg)
-    with locked(out):
+    out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
+    with locked(out, rows):
         checkpoints = Checkpoints(out, cfg, data)
-        policy, rows = checkpoints.policy or policy, checkpoints.state.get("rows", [])
+        policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
         return train_all(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
@@ -1564,7 +1575,7 @@ def make_folder(cfg):
 
 
 @contextlib.contextmanager
-def locked(out):
+def locked(out, rows):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
     with open(out / "config.json" if rank() == 0 else os.devnull) as file:
         try:
@@ -1575,7 +1586,9 @@ def locked(out):
         except BlockingIOError:
             raise UserError(f"--resume {out}: another process runs it; wait for it, or stop it") from None
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; go on with --resume {out}") from None
+            last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
+            after = f"{last.get('method', 'sft')}, step {last['step']}"
+            raise KeyboardInterrupt(f"stopped after {after}; go on with --resume {out}") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
 
@@ -1651,7 +1664,7 @@ def parse(argv):
             Settings(**saved)
         parser.set_defaults(**saved)
         given = vars(parser.parse_args(argv))
-        free = ("resume", "data", "device", "save_every")  # the same data may have moved
+        free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
         if changed := [to_flag(name) for name in saved if given[name] != saved[name] and name not in free]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
         if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
@@ -1659,6 +1672,8 @@ def parse(argv):
     cfg = Settings(**given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
+    if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
+        raise UserError(f"--log-to {cfg.log_to}: not installed; pip install {cfg.log_to}")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says so
     if cfg.sft_batch_size % processes or cfg.batch_size % processes:
         sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"

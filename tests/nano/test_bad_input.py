@@ -73,7 +73,7 @@ def data(path):
         ("--group 8", ["--group"]),  # no abbreviations: they would change their meaning with the next option
         ("--config mine.json", ["--config"]),  # these were options once
         ("--negatives-from catalogue", ["--negatives-from"]),
-        ("--log-to wandb", ["--log-to"]),
+        ("--log-to magic", ["--log-to", "magic", "tensorboard"]),
         ("--sft-eval-every 2", ["--sft-eval-every"]),
         ("--seed abc", ["--seed", "'abc'", "int"]),
         ("--lr fast", ["--lr", "'fast'", "float"]),
@@ -138,7 +138,8 @@ def test_a_setting_that_cannot_work_is_refused_before_anything_starts(small_shop
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--method"], ["--device"], ["--dtype"], ["--ties"], ["--seed"], ["--tau"], ["--resume"], ["--floor", "1"], []],
+    ["--method"], ["--device"], ["--dtype"], ["--log-to"], ["--ties"], ["--seed"], ["--tau"], ["--resume"],
+    ["--floor", "1"], []],
     ids=" ".join)
 @pytest.mark.parametrize("text", ["\x1b[31mred", "two\nlines", "nothing\0", "half \ud800", "\u2028"],
                          ids=["escape", "newline", "NUL", "surrogate", "separator"])

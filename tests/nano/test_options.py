@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Own rewards, seconds, and where the host waits for the GPU."""
+"""Own rewards, logging elsewhere, and where the host waits for the GPU."""
 
 import json
 import re
@@ -16,7 +16,7 @@ import adagrpo_core as core
 import nanoadagrpo as nano
 
 from . import helpers
-from .helpers import distance, run, settings
+from .helpers import distance, logged, run, settings
 from .shops import jsonl
 from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, train
 
@@ -169,6 +169,56 @@ def test_what_shows_in_training_alone_is_one_line_too(mine, capsys, folder, text
 
 
 # -- logging -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_library_is_told_every_number_and_imported_only_when_asked_for(mine, folder, monkeypatch, library):
+    fake, begun, told = types.ModuleType(library), [], []
+    fake.init, fake.log, fake.__spec__ = lambda **options: begun.append(options), told.append, "installed"
+    mine("")
+    run("--out", "silent")
+    assert library not in sys.modules
+    monkeypatch.setitem(sys.modules, library, fake)
+    run("--log-to", library, "--out", "here")
+    assert begun[0]["project"] == "nanoadagrpo" and begun[0]["config"]["group_size"] == 6
+    rows = lines(folder / "here" / "metrics.jsonl")
+    assert len(told) == len(rows)
+    for row, numbers in zip(rows, told, strict=True):
+        name = "/".join(row[key] for key in ("phase", "method") if key in row)
+        expected = {f"{name}/{key}": value for key, value in row.items() if not isinstance(value, str)}
+        assert numbers == expected
+    assert logged(folder / "silent") == logged(folder / "here")
+
+
+def test_tensorboard_is_told_every_number_at_its_step(mine, folder, monkeypatch):
+    told, module = [], types.ModuleType("torch.utils.tensorboard")
+
+    class SummaryWriter:
+        def __init__(self, place):
+            told.append(place)
+
+        def add_scalar(self, key, value, step):
+            told.append((key, step))
+
+        def flush(self):
+            pass
+
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: "installed")
+    mine("")
+    run("--log-to", "tensorboard", "--out", "here")
+    assert str(told[0]) == "here/tensorboard"
+    assert {("sft/nll", 3), ("rl/adagrpo/reward", 2), ("test/adagrpo/hr@10", 2), ("sft/seconds", 1)} <= set(told[1:])
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_library_is_one_line_with_the_command_that_mends_it(mine, folder, capsys, monkeypatch, library):
+    monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None)
+    mine("")
+    line = refused(capsys, "--log-to", library, "--out", "here")
+    assert line == f"--log-to {library}: not installed; pip install {library}"
+    assert not (folder / "here").exists()
 
 
 def test_the_lines_on_the_page_tell_a_tracker_every_number(mine, folder, monkeypatch):
