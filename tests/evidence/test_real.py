@@ -309,7 +309,7 @@ def test_what_the_real_log_says_is_worded_by_the_intervals(finished, shift, word
     said = [*real_report.verdicts(results._replace(arms=arms))]
     for text, others in ((said[0], ("NLL continued", "GRPO+NLL")), (said[1], ("random gate",))):
         for other in others:
-            assert f"against {other} AUC no clear difference (+0.00 [+0.00, +0.00]), HR@10 {words} (" in text
+            assert f"against {other}: AUC no clear difference (+0.00 [+0.00, +0.00]), HR@10 {words} (" in text
     n = 2 * len(real_report.PAIRS) * len(real_report.JUDGES)
     assert f"Of the {n} intervals below {6 * (shift > 0)} lie above 0 and {6 * (shift < 0)} below" in said[4]
 
