@@ -917,8 +917,11 @@ def own_reward(cfg):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up."""
     module, _, name = cfg.reward.partition(":")
     with users_code(cfg):
-        sys.path.append(os.getcwd())  # modules in the current folder are found too
-        function = getattr(importlib.import_module(module), name)
+        sys.path.append(here := os.getcwd())  # modules in the current folder are found too
+        try:
+            function = getattr(importlib.import_module(module), name)
+        finally:
+            sys.path.remove(here)
 
     @users_code(cfg)
     def reward(history, item):
