@@ -3,16 +3,16 @@
 
 A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
 coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
-was shown and clicked makes errors that nobody sees. AdaGRPO supervises every sample, and adds the policy
-gradient only where the policy finds a sample difficult (D) and the ranker ranks its true item high (R).
+was shown and clicked makes errors that nobody sees. AdaGRPO supervises every prompt, and adds the policy
+gradient only where the policy ranks the true item low (D) and the ranker ranks it high, negatives low (R).
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, under a minute on a laptop
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
     python nanoadagrpo.py --data DIR                # your data: MiniOneRec's layout or JSONL (docs/data.md)
     python nanoadagrpo.py --data DIR --model MODEL  # start from a Hugging Face model (docs/models.md)
 
-The formulas are imported from `adagrpo_core`. Part I is the method. Part II is the shop: data, a toy world,
-the ranker, pretrained models. Part III is the workshop: processes, checkpoints, report, command line.
+`adagrpo_core` has the formulas, by the paper's numbers (eq. 1 to 10). Part I is the method; Part II the shop:
+data, toy world, ranker, models; Part III the workshop: processes, checkpoints, report, command line.
 
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
@@ -21,12 +21,12 @@ Where this differs from the paper, or the paper is silent:
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. What is no item is a
     hallucination. With `--constrained`, samples and beams follow the catalogue; likelihoods do not.
- 5. The ranker cannot score a hallucination: its reward is `--floor`. A negative that is one is suppressed.
- 6. Rollouts that repeat each other or the truth are kept as candidates; ties share the better rank.
- 7. HR counts places among the valid beams only, as a server would, having dropped the others. ClkRwd@k and
-    OrdRwd@k are the best score within the first k: the paper's values grow with k as a mean would not.
+ 5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
+ 6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (`--ties`).
+ 7. HR ranks the valid beams only, as a server would, having dropped the others. ClkRwd@k and OrdRwd@k are the
+    best score within the first k, since the paper's values grow with k, which those of a mean would not.
  8. Pure GRPO has a learning rate of its own: lambda scales its whole loss, and Adam ignores the scale.
- 9. Two controls are added: NLL alone, continued, and a random gate that admits as many of each batch.
+ 9. Two controls are added: NLL alone, continued, and a random gate that admits as many as AdaGRPO would.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 import adagrpo_core as core
 
 # == Part I: the method ======================================================================================
-# Shape letters, everywhere: B prompts, K rollouts per prompt, M negatives, L tokens of a Semantic ID, H items
-# of a history, T tokens of a prompt, n branches of a tree, S SID tokens of all levels, V words of the policy,
-# N items. An item is a row of the catalogue; -1 is none: padding left of a history, or a hallucination.
+# Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a history,
+# T tokens of a prompt, n branches of a tree (m before a level), S SID tokens of all levels, V tokens that the
+# policy knows, N items. An item is a row of the catalogue; -1 is none: left padding, or a hallucination.
 
 
 def option(default, help, low=0, high=None, choices="", group=""):
@@ -91,12 +91,12 @@ class Settings:
     toy: bool = option(False, "train in a made-up shop: no data needed", group="what to train")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
     model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
-    method: str = option("adagrpo", "one of the methods above, several with commas between them, or all")
+    method: str = option("adagrpo", "a method, several with commas between them, or all (see above)")
     seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
     group_size: int = option(16, "K, rollouts per prompt", group="method and gate")
     negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
-    tau: float = option(1 / 3, "top fraction of K: a truth below it is difficult (D), within it prominent")
-    rho: float = option(0.3, "bottom fraction of K where every negative has to be; the paper has 0.1")
+    tau: float = option(1 / 3, "top fraction of K: D needs the truth below it, R within it", 1e-6, 0.999999)
+    rho: float = option(0.3, "bottom fraction of K: R needs each negative there; paper: 0.1", 1e-6, 0.999999)
     ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", choices="min average max")
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
@@ -163,7 +163,7 @@ class Policy:
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
         accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the cache
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
-        on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+        on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
 
     @functools.cached_property
@@ -176,10 +176,10 @@ class Policy:
         Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens if given,
         and the KV cache, longer by n. Every pass goes through here, and through the model's own forward.
         """
-        # Products in bfloat16, weights in float32: in bfloat16 ones, small updates would be rounded away.
+        # Products in bfloat16, weights in float32: bfloat16 weights would round small updates away.
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # The mask is added to the attention scores. It is finite, also in float32, where the softmax may run:
-        # a padding row sees nothing at all, and a softmax over -inf alone would be NaN.
+        # Added to the attention scores, and finite, also where the softmax runs in float32: over -inf alone,
+        # which is all that a padding row would see, a softmax is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=tokens.device)
         mask = mask.masked_fill(~attention_mask, blocked)[:, None]
@@ -262,13 +262,13 @@ def candidates(logp, prefix, catalogue):
 def sample(uniform, catalogue=None):
     """n independent samples, decided by uniform random numbers in [0, 1), (L, B, n).
 
-    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. These are drawn for
+    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. All are drawn for
     the whole batch, so that the samples do not depend on how it is split.
     """
 
     def select(prefix, logp, total):
         words, logp = candidates(logp.detach().float(), prefix, catalogue)
-        logp = logp.log_softmax(-1) if catalogue else logp  # else exp() of unlikely ones is 0
+        logp = logp.log_softmax(-1) if catalogue else logp  # or exp() of all that are allowed could be 0
         cdf = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
         u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
@@ -284,8 +284,8 @@ def beam(width, catalogue=None):
     def select(prefix, logp, total):
         words, logp = candidates(logp, prefix, catalogue)
         score = (total[..., None] + logp).flatten(1)  # (B, m * C)
-        there_are = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]
-        best = score.topk(min(width, there_are)).indices
+        possible = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]  # without padding
+        best = score.topk(min(width, possible)).indices
         token = words.flatten(1).gather(1, best) if catalogue else best % logp.shape[-1]
         return best // logp.shape[-1], token
 
@@ -305,6 +305,7 @@ def tree_decode(policy, prompt, select):
     B, T = prompt.mask.shape
     tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
     ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch descends from
+    row = torch.arange(B, device=logp.device)[:, None]  # x[row, parent]: of each new branch's parent
     for level in range(policy.catalogue.L):
         if level:  # run the last token of each branch; what follows the prompt is known
             n = tokens.shape[1]
@@ -314,16 +315,10 @@ def tree_decode(policy, prompt, select):
             positions = (prompt.mask.sum(1, keepdim=True) + level - 1).expand(B, n)
             logp, layers = policy.forward(tokens[..., -1], attention_mask, positions, layers)
         parent, token = select(tokens, logp, token_logp.sum(-1))
-        chosen = logp[torch.arange(B, device=parent.device)[:, None], parent, token][..., None]
-        tokens = torch.cat([gather_parents(tokens, parent), token[..., None]], -1)
-        token_logp = torch.cat([gather_parents(token_logp, parent), chosen], -1)
-        ancestor_mask = gather_parents(ancestor_mask, parent)
+        tokens = torch.cat([tokens[row, parent], token[..., None]], -1)
+        token_logp = torch.cat([token_logp[row, parent], logp[row, parent, token][..., None]], -1)
+        ancestor_mask = ancestor_mask[row, parent]
     return tokens, token_logp
-
-
-def gather_parents(x, parent):
-    """(B, m, ...) of the old branches -> (B, n, ...) of the new ones."""
-    return x.gather(1, parent[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def sequence_logp(policy, prompt, tokens):
@@ -363,7 +358,7 @@ def random_gate(difficult, reliable, batch, generator):
 
 
 METHODS = {
-    "nll": Method(True, None),  # the control that the paper lacks
+    "nll": Method(True, None),  # a control that the paper lacks, as it does the last
     "grpo": Method(False, admit_all),
     "grpo+nll": Method(True, admit_all),
     "adagrpo-d": Method(True, lambda difficult, reliable, *_: difficult),
@@ -376,27 +371,26 @@ METHODS = {
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
-    Returns their tokens and log-probabilities (B, K, L), those of the truth (B, L), and the prefill with its
-    graph, so that the update need not run the prompts again. With several micro-batches it is dropped.
+    Returns tokens and log-probabilities (B, K, L) of the rollouts, log-probabilities (B, L) of the truth, and
+    the prefill with its graph, so that the update need not run the prompts again (one micro-batch only).
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, prefills = [], []
+    pieces = []
     for part in parts:
         with torch.set_grad_enabled(len(parts) == 1):
-            prefills = [prefill_with_target(policy, batch.rows(part))]
-        prompt, target_logp = prefills[0]
+            prefilled = prompt, target_logp = prefill_with_target(policy, batch.rows(part))
         with torch.no_grad():  # most are not admitted; the update builds a graph for those that are
             tokens, logp = tree_decode(policy, prompt, sample(uniform[:, part], policy.constraint))
         pieces.append((tokens, logp, target_logp.detach()))
     tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
-    return tokens, logp, target_logp, prefills if len(parts) == 1 else []
+    return tokens, logp, target_logp, [prefilled] if len(parts) == 1 else []
 
 
 def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
 
-    restore(optimizer, generators, name) says at which step to begin; both are then as they were at that step.
+    restore(optimizer, generators, name) puts both back to where a run was stopped, and returns that step.
     on_step(step, optimizer, generators, name) is called after each step, to evaluate and to save.
     """
     method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
@@ -409,12 +403,11 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
     parts = local_micro_batches(B, cfg.micro_batch_size)  # slices of a batch: what a process runs at once
 
     for step in progress(range(restore(optimizer, generators, name), cfg.rl_steps), name):
-        batch, prefills, admitted_rows = prompts.rows(order[step]), [], [[] for _ in parts]
-        watched, stats = {}, {}
+        batch, ready, admitted_rows = prompts.rows(order[step]), [], [[] for _ in parts]
+        watched, stats = {}, {}  # what has to be finite before a weight moves; what is logged
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
-            rollouts, old_logp, target_logp, prefills = rollout(
-                policy, batch, parts, K, generators["rollouts"])
+            rollouts, old_logp, target_logp, ready = rollout(policy, batch, parts, K, generators["rollouts"])
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -425,7 +418,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
 
             # -- judge: is it difficult for the policy (eq. 7), can the ranker tell (eq. 9)? -----------------
-            target_mean = -core.nll_loss(target_logp)  # (B,)
+            target_mean = core.length_normalized(target_logp)  # (B,)
             # A rollout that repeats the truth is as likely as the truth, but two passes round differently.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
@@ -433,7 +426,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.gate())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = split_rows(admitted, parts)  # the only wait for a GPU before the update
+            admitted_rows = [admitted[part].nonzero()[:, 0] + part.start for part in parts]
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             watched = stats | {"reward of an item": scored}
 
@@ -441,8 +434,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                prompt, target_logp = (
-                    prefills.pop() if prefills else prefill_with_target(policy, batch.rows(part)))
+                prompt, target_logp = ready.pop() if ready else prefill_with_target(policy, batch.rows(part))
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
                 loss = method.supervised * nll.sum() / B  # pure GRPO: 0, but DDP needs every backward
@@ -488,12 +480,12 @@ def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_
 
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
-    """Beam search on every prompt. Returns the metrics, and for each prompt what they are the means of."""
-    n, parts, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
+    """Beam search on every prompt. Returns the metrics, and per prompt their terms and its beams."""
+    n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for rows in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        rows = torch.arange(rows.start, rows.stop, device=cfg.device).clamp(max=n - 1)  # the last one again
+        rows = torch.arange(rows.start, rows.stop, device=cfg.device).clamp(max=n - 1)  # repeats, cut below
         part = prompts.rows(rows)
         prompt = prefill(policy, part.history)
         beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.constraint))
@@ -504,16 +496,17 @@ def evaluate(policy, ranker, prompts, cfg):
         valid, hit = item >= 0, item == part.target[:, None]
         place = valid.cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
         found = place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
-        rank = torch.where(hit.any(1), found, 10**9)  # beyond every cutoff where the beams missed it
-        each = {f"hr@{k}": rank <= k for k in cutoffs}
+        found = torch.where(hit.any(1), found, 10**9)  # beyond every cutoff where the beams missed it
+        each = {f"hr@{k}": found <= k for k in cutoffs}
         if 10 in cutoffs:
-            each["ndcg@10"] = torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0)
+            each["ndcg@10"] = torch.where(found <= 10, 1 / torch.log2(1.0 + found), 0.0)
         for head, p in ranker.probabilities(part.history, item).items():
             each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
         each["hallucination"] = 1 - valid.float().mean(1)
         each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
-        parts.append({k: v.float() for k, v in each.items()} | dict(rank=rank, item=item, logp=logp.mean(-1)))
-    each = {key: all_gather([part[key] for part in parts])[:n] for key in parts[0]}  # without repeated rows
+        pieces.append({k: x.float() for k, x in each.items()} | dict(rank=found, item=item,
+                                                                 logp=logp.mean(-1)))
+    each = {key: all_gather([piece[key] for piece in pieces])[:n] for key in pieces[0]}
     return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
 
 
@@ -544,7 +537,7 @@ class Catalogue:
         self.tokens, self.item_at = (torch.as_tensor(x, device=device) for x in (tokens, np.argsort(node)))
 
     def node(self, prefix):
-        """(..., l) words -> (...) numbers of nodes; where there is no such node, of any."""
+        """(..., l) tokens -> (...) numbers of nodes; of any other where there is no such node."""
         node = prefix.new_zeros(prefix.shape[:-1])
         for token, pairs in zip(prefix.unbind(-1), self.pairs, strict=False):
             node = torch.searchsorted(pairs, node * self.S + token).clamp(max=len(pairs) - 1)
@@ -595,7 +588,7 @@ class Data(NamedTuple):
     world: dict | None = None  # the toy's truth, which no learner may see
 
 
-LAYOUTS = {  # catalogue file -> ending of the files beside it, and their names of our fields
+LAYOUTS = {  # catalogue file -> ending of the files beside it, and their names for our fields
     "index.json": (".csv", dict(history="history_item_sid", target="item_sid", shown="shown_item_sid")),
     "catalogue.json": (".jsonl", {})}
 
@@ -748,7 +741,7 @@ class World:
     taste: float = 3.5  # standard deviation of what a user likes, over items
     quality: float = 2.0  # of what everyone likes; drawn anew before the RL week
     node_share: float = 0.7  # of quality's variance that all items of a level-2 node have in common
-    popularity: float = 0.5  # weight of log popularity in choice; of one in exposure
+    popularity: float = 0.5  # weight of log popularity in choice; in exposure it is 1
     click_at: float = 6.0  # utility at which a shown item is clicked every other time
     order_at: float = 9.0  # and at which a clicked one is ordered every other time
     bait_pull: float = 4.0  # strength of the bait in clicks, where it works
@@ -802,7 +795,7 @@ def toy_world(cfg, world=World()):
         return np.minimum(at.reshape(-1, n) - N * users, N - 1)
 
     # lives: in the RL week users choose from a feed that is logged, otherwise among all items
-    pull, rl_week, logs = np.exp(context), w.warm_up + w.sft, []
+    pull, rl_week, logs, H = np.exp(context), w.warm_up + w.sft, [], min(w.history, cfg.max_history)
     life = np.zeros((w.users, rl_week + w.rl + w.valid + w.test), int)
     for t in range(life.shape[1]):
         last = life[:, t - 1] if t else draw(of_lives, wanted_then, 1)[:, 0]
@@ -813,7 +806,7 @@ def toy_world(cfg, world=World()):
             appeal = (1 - share) * utility + share * bait[item]
             click = of_log.random(item.shape) < 1 / (1 + np.exp(w.click_at - appeal))
             order = click & (of_log.random(item.shape) < 1 / (1 + np.exp(w.order_at - appeal)))
-            logs.append((life[:, t - w.history : t].copy(), item, click, order))
+            logs.append((life[:, t - H : t].copy(), item, click, order))
             liked = utility + popular[item] + of_lives.gumbel(size=item.shape)
             life[:, t] = item[users[:, 0], liked.argmax(1)]  # in proportion to exp(utility): no bait
         else:
@@ -824,7 +817,7 @@ def toy_world(cfg, world=World()):
         return kind(*(torch.as_tensor(x, device=cfg.device) for x in columns))
 
     def prompts(start, n):
-        H, steps = min(w.history, cfg.max_history), range(start, start + n)
+        steps = range(start, start + n)
         return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in steps])
 
     rl = subset(prompts(rl_week, w.rl), cfg.rl_prompts, cfg.seed, "prompts of the method")
@@ -904,7 +897,7 @@ def judge_ranker(ranker, log):
 
 
 def make_reward(ranker, cfg):
-    """r(history, item) -> (B, n): p(click) + p(click and order), in 0..2; eq. 8's r, blind to the group."""
+    """r(history, item) -> (B, n): p(click) + p(click and order), in 0..2, of each item alone: eq. 8's r."""
 
     def reward(history, item):
         p = ranker.probabilities(history, item)
@@ -982,7 +975,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))  # equal items: equal scores
     parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
     by_ranker = torch.cat([sum(named(reward(part.history, x)).values()) for part, x in parts])
-    target_logp = -core.nll_loss(torch.cat([prefill_with_target(policy, part)[1] for part, _ in parts]))
+    target_logp = core.length_normalized(torch.cat([prefill_with_target(policy, x)[1] for x, _ in parts]))
     logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
 
     llm_rank, hard = core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)
@@ -1050,7 +1043,7 @@ def pretrained_policy(catalogue, cfg):
         broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
         if found["missing_keys"] or broken:
             raise ValueError(f"{min(found['missing_keys'] or broken)} is missing, or not finite")
-        for p in model.parameters():  # out of the file's memory: its start can decide a last digit
+        for p in model.parameters():  # copies: where it begins in the file's memory can decide a last digit
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
 
@@ -1134,7 +1127,7 @@ def model_of(config):
 
 
 class UserError(ValueError):
-    """What was given cannot work: one line that says what, where and how to mend it."""
+    """What was given cannot work: one line that says what, where and how to repair it."""
 
 
 def first_line(error):
@@ -1189,20 +1182,12 @@ def local_micro_batches(B, size):
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def split_rows(which, parts):
-    """Where `which` (B,) is true: row numbers, a tensor for each part of the batch."""
-    yes = which.tolist()
-    rows = [[b for b in range(part.start, part.stop) if yes[b]] for part in parts]
-    return [torch.tensor(x, dtype=torch.long, device=which.device) for x in rows]
-
-
 def data_parallel(model):
     """The model; of several processes, a backward pass through it gives each the mean of all gradients."""
     if world_size() == 1:
         return model
-    parallel = nn.parallel.DistributedDataParallel(model)
-    parallel.broadcast_buffers = False  # they are constants; it would hang where one process admits nobody
-    return parallel
+    # Buffers are constants; to broadcast them would hang where one process admits nobody.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def all_gather(pieces):
@@ -1233,7 +1218,7 @@ class Optimizer:
             raise UserError(f"{where}: {fault}; give each item a number, or lower the learning rate")
         self.adamw.step()
         self.schedule.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.adamw.zero_grad()
         return norm, lr
 
 
@@ -1348,7 +1333,7 @@ class Checkpoints:
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
         try:
             save_file(tensors, partial)
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # Windows syncs no file that is only read
                 os.fsync(file.fileno())
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
             partial.rename(self.out / f"checkpoint-{len(rows):010d}-{checksum}.safetensors")
@@ -1516,9 +1501,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         train_rl(policy, reward, data.rl, cfg, name, log, checkpoints.restore, on_step)
         mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
         admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
-        kept = {}
-        if cfg.keep == "best":
-            kept = dict(kept_step=checkpoints.best["step"])
+        kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
+        if kept:
             policy.model.load_state_dict(checkpoints.best["weights"] or base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
         if rank() == 0:

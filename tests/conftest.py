@@ -2,8 +2,11 @@
 """`DEEP_TESTS=1 pytest` tries more: 100 draws of every property of the core, and a kill at every touch of the disk."""
 
 import gc
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: two threads on a busy core wait for each other
 
 
 @pytest.fixture(scope="module", autouse=True)

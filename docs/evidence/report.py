@@ -243,7 +243,7 @@ def table_sets(results):
     rows = [["difference", "in", *(f"seeds {span(each.seeds)}" for each in sets[:2]), "both"]]
     hits = [("adagrpo", "nll"), ("adagrpo", "random-gate"), ("adagrpo", "grpo+nll"), ("adagrpo", "adagrpo-r"),
             ("adagrpo", "r-thinned"), ("adagrpo-r", "nll"), ("adagrpo-r", "grpo+nll"), ("adagrpo-r", "random-at-r"),
-            ("oracle-gate", "nll")]
+            ("adagrpo-d", "nll"), ("adagrpo-d", "grpo+nll"), ("adagrpo", "adagrpo-d"), ("oracle-gate", "nll")]
     asked = [(last, "hr@10", *pair) for pair in hits] + [(last, "utility@10", "adagrpo", "grpo+nll")]
     asked += [(first, "hr@10", *pair) for pair in hits[1:3]] if first != last else []
     for rule, key, *pair in asked:
@@ -679,8 +679,8 @@ def page(results, command, root, tables):
         yield (f"`bait` turns clicks away from utility in half of the contexts. Seeds "
                f"{span(results.knob_seeds)}. The oracle gate admits the contexts without bait (at 0, "
                "everyone). Whiskers: 95 %."
-               + (f" Doses were chosen at bait {', '.join(f'{bait:g}' for bait in results.knob_tuned)}; elsewhere "
-                  f"those of {results.cfg.bait:g} serve." if "tuned" in results.knob else ""))
+               + (f" Lambda was chosen at bait {', '.join(f'{bait:g}' for bait in results.knob_tuned)}; elsewhere "
+                  f"that of {results.cfg.bait:g} is used." if "tuned" in results.knob else ""))
         yield "![gain of AdaGRPO over its controls along bait](evidence/knob.png)"
 
 

@@ -210,7 +210,7 @@ def pretended():
         patch.setattr(torch, "autocast", on_cuda)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group)
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
         with calls, Operations(notes, calls):
@@ -269,7 +269,7 @@ def prefills(monkeypatch):
 
 def allowed(prefills, gates=0, steps=0, lines=0, **more):
     """How often the host may wait, by the function of the script."""
-    times = dict(prefill=len(prefills), split_rows=gates, step=steps, __call__=lines, **more)
+    times = dict(prefill=len(prefills), train_rl=gates, step=steps, __call__=lines, **more)
     return collections.Counter(times)
 
 
@@ -287,11 +287,11 @@ def test_a_step_waits_for_the_gpu_once_per_prefill_at_the_gate_for_the_norm_and_
         log = nano.MetricsLog(tmp_path, cfg, [])
         notes.waits.clear(), notes.uploads.clear(), prefills.clear()
         nano.train_rl(policy, nano.make_reward(ranker, cfg), shop.rl, cfg, method, log)
-        gates = 0 if method == "nll" else 3
+        parts = len(nano.local_micro_batches(8, cfg.micro_batch_size))
+        gates = 0 if method == "nll" else 3 * parts
         assert waited(notes) <= allowed(prefills, gates, 3 * cfg.updates, 3), notes.waits
         uploads = collections.Counter(where for where, _ in notes.uploads)
-        parts = len(nano.local_micro_batches(8, cfg.micro_batch_size))
-        assert uploads <= collections.Counter(train_rl=1, split_rows=gates * parts), "the order, and who is admitted"
+        assert uploads <= collections.Counter(train_rl=1), "the order"
         admitted = [row.get("admitted", 0.0) for row in log.rows]
         assert method in ("nll", "grpo") or 0 < sum(admitted) < 3, "some are admitted, and not all"
         assert {x.device for x in policy.model.parameters()} == {CUDA}
@@ -377,9 +377,9 @@ def test_a_generator_of_the_cpu_is_found(monkeypatch):
 
 
 def test_waiting_for_every_token_is_found(monkeypatch, prefills):
-    gather = nano.gather_parents
-    monkeypatch.setattr(nano, "gather_parents", lambda x, parent: gather(x, parent.clamp(max=parent.max().item())))
+    parents = nano.unbranched
+    monkeypatch.setattr(nano, "unbranched", lambda *args: parents(*args).clamp(max=parents(*args).max().item()))
     with pretended() as notes:
         three_steps(notes)
     assert not waited(notes) <= allowed(prefills, 3, 3)
-    assert waited(notes)["tree_decode"] == 3 * 3 * 3, "in three steps, at three levels, for three tensors"
+    assert waited(notes)["select"] == 3 * 3, "in three steps, at three levels"
