@@ -120,6 +120,8 @@ def test_a_shorter_history_keeps_the_most_recent_items(shop, length):
     short = make(max_history=length)
     assert torch.equal(short.test.history, shop.test.history[:, -length:])
     assert torch.equal(short.test.target, shop.test.target)
+    assert torch.equal(short.log.history, shop.log.history[:, -length:])  # as it is asked
+    assert torch.equal(short.log.item, shop.log.item)
 
 
 def test_popular_items_are_shown_and_chosen_more_often(shop):
