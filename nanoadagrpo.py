@@ -6,7 +6,7 @@ coarse to fine. Reinforcement learning can teach it what a ranker knows, but a r
 was shown and clicked makes errors that nobody sees. AdaGRPO supervises every prompt, and adds the policy
 gradient only where the policy ranks the true item low (D) and the ranker ranks it high, negatives low (R).
 
-    python nanoadagrpo.py --toy                     # a made-up shop, one method, under a minute on a laptop
+    python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
     python nanoadagrpo.py --data DIR                # your data: MiniOneRec's layout or JSONL (docs/data.md)
     python nanoadagrpo.py --data DIR --model MODEL  # start from a Hugging Face model (docs/models.md)
@@ -88,6 +88,8 @@ def option(default, help, low=0, high=None, choices="", group=""):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    """The flags of the command line; at first reading, go on to the policy."""
+
     toy: bool = option(False, "train in a made-up shop: no data needed", group="what to train")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
     model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
@@ -1436,9 +1438,9 @@ def run(cfg):
     reward = own_reward(cfg) if cfg.reward else None
     if reward:  # about two rows, so that its faults show before the supervised steps
         reward_of(reward, data.rl.history[:2], data.rl.target[:2][:, None], [slice(0, 2)])
-    policy = None  # in the checkpoint, or else new: what is refused leaves no folder behind
-    if not (cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))):
-        policy = (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
+    begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))  # the policy is there
+    # Before the folder is made: what is refused leaves none behind.
+    policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
         checkpoints = Checkpoints(out, cfg, data)
