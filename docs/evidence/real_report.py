@@ -186,7 +186,8 @@ def figure(results, path):
             right.errorbar(x, [p.mean for p in found], reach, ls="", marker=marker, color=f"C{j}", capsize=3, ms=4,
                            label=f"{judge_name}, reward ({'ab'[i]})")
     right.set(title="paired differences, points", xticks=range(len(PAIRS)))
-    right.set_xticklabels(["\n− ".join(METHODS[name] for name in names) for names in PAIRS], fontsize=7)
+    labels = ["\n− ".join(METHODS[name].replace(" at ", "\n at ") for name in names) for names in PAIRS]
+    right.set_xticklabels(labels, fontsize=7)
     right.axhline(0, color="0.7", lw=0.8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
