@@ -103,7 +103,7 @@ class Settings:
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
     epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
     reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
-    floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", low=-1e38)
+    floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", -1e30, 1e30)
     constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
     sft_steps: int = option(400, "steps that train the base policy; 0: take --model", group="optimisation")
     sft_batch_size: int = option(128, "prompts per supervised step", 1)
@@ -195,6 +195,7 @@ class Policy:
 
     def save(self, folder):
         """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
+        Path(folder).mkdir(parents=True, exist_ok=True)  # a file in its place would be passed over
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -622,7 +623,7 @@ def load_data(folder, cfg):
     if os.path.lexists(folder / f"log{ending}"):
         history, shown, click, order = read("log", "history", "shown", "click", "order")
         log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
-        n = len(shown) - int(len(shown) * cfg.log_holdout)
+        n = len(shown) - int(len(shown) * cfg.log_holdout + 1e-9)
         log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(shown) else None
         origin = f"{n} of {len(shown)} rows of log{ending}"
     else:  # the ranker learns to tell what was bought from 15 other items
@@ -647,9 +648,10 @@ def read_catalogue(path):
         entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     sids, entries = {}, dict(enumerate(entries)) if isinstance(entries, list) else entries
     for name, sid in entries.items() if isinstance(entries, dict) else ():
-        kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), (12, 3, 4))]
+        kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), ("<a_12>", "<b_3>"))]
         if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
-                or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)):
+                or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)
+                or (path.name == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid))):
             raise UserError(f"{path}, item {name!s:.40}: got {sid!r:.80}; expected a list of tokens such as "
                             f"{first!r:.60}, the same number of tokens of the same sort in each; rename "
                             f"{QUERY_TOKEN}, {START_TOKEN} and what cannot be printed")
@@ -707,6 +709,8 @@ def read_rows(path, catalogue, source, fields):
         for row in lines:
             column, cell, x = "the row", row, {}
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
+            if is_csv and None in row:
+                raise UserError("more cells than the header has")
             for field, column in columns.items():
                 cell = row.get(column, row)
                 x[field] = parse(field, row.get(column))
@@ -912,11 +916,7 @@ def own_reward(cfg):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up."""
     module, _, name = cfg.reward.partition(":")
     with users_code(cfg):
-        sys.path.append(here := os.getcwd())  # modules in the current folder are found too
-        try:
-            function = getattr(importlib.import_module(module), name)
-        finally:
-            sys.path.remove(here)
+        function = getattr(importlib.import_module(module), name)
 
     @users_code(cfg)
     def reward(history, item):
@@ -924,6 +924,8 @@ def own_reward(cfg):
         parts = {key: torch.as_tensor(x, dtype=torch.float32, device=item.device) for key, x in parts.items()}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
+        if not all(x[item >= 0].isfinite().all() for x in parts.values()):
+            raise ValueError("a score is not finite")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
 
     return reward
@@ -932,6 +934,7 @@ def own_reward(cfg):
 @contextlib.contextmanager
 def users_code(cfg):
     """Whatever goes wrong in the user's code is said in one line, with the place in their file."""
+    sys.path.append(here := os.getcwd())  # modules in the current folder are found too
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -940,6 +943,8 @@ def users_code(cfg):
         what = type(error).__name__ + "".join(place[:1])
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected "
                         "package.module:function that gives each item a number (docs/models.md)") from None
+    finally:
+        sys.path.remove(here)
 
 
 def named(scores):
@@ -952,8 +957,9 @@ def reward_of(reward, history, item, parts):
     local = slice(parts[0].start, parts[-1].stop)
     with torch.no_grad():
         scores = named(reward(history[local], item[local]))
-    scores = {name: all_gather([x]) for name, x in scores.items()}
-    return sum(scores.values()), {f"reward/{name}": x.mean() for name, x in scores.items() if name}
+    first = (item[:, :, None] == item[:, None]).int().argmax(2)  # copies of an item tie: none rounds apart
+    scores = {name: all_gather([x]).gather(1, first) for name, x in scores.items()}
+    return sum(scores.values()), {f"reward/{name}": x.mean() for name, x in scores.items() if name != ""}
 
 
 @torch.no_grad()
@@ -977,6 +983,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))  # equal items: equal scores
     parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
     by_ranker = torch.cat([sum(named(reward(part.history, x)).values()) for part, x in parts])
+    by_ranker = by_ranker.gather(1, first)  # copies of an item tie, as in `reward_of`
     target_logp = core.length_normalized(torch.cat([prefill_with_target(policy, x)[1] for x, _ in parts]))
     logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
 
@@ -1017,8 +1024,6 @@ def make_policy(model, catalogue, cfg):
     roles = dict(zip(("pad_token", "bos_token"), special, strict=False))  # padding is masked: any will do
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **roles)
     model.generation_config = transformers.GenerationConfig(max_new_tokens=catalogue.L)  # no inherited one
-    for config in (model.config, model.config.get_text_config()):  # with both it could not be saved
-        config.output_attentions = config.output_hidden_states = False
     return Policy(model, catalogue, cfg, tokenizer)
 
 
@@ -1085,6 +1090,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
         config.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
         config.pad_token_id = config.eos_token_id = None  # the row of a padding token would get no gradient
         config.bos_token_id = V - 1 if START_TOKEN in known else None
+        # Nobody asks for these; the first two could not be saved, the last does not take our mask.
+        config.output_attentions = config.output_hidden_states = config.output_router_logits = False
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
     # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
@@ -1095,7 +1102,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     fill(apart, places)
     sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
-    history[1, : cfg.max_history // 2] = -1
+    history[1, :-1] = -1  # the other one has but one item: positions may depend on the longest row
     tokens = catalogue.tokens.cpu()
     for past, some in zip(history, tokens[item[:, :2]], strict=True):  # two items (2, L) of each tree
         prompt = torch.tensor([*range(S + 1, V), *tokens[past[past >= 0]].flatten(), S]).expand(len(some), -1)
@@ -1133,7 +1140,7 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    return (" ".join(str(error).split()) or type(error).__name__)[:150]
 
 
 @contextlib.contextmanager
@@ -1432,7 +1439,7 @@ def run(cfg):
     """Everything, from the data to the report; returns {method: metrics}."""
     transformers.utils.logging.disable_progress_bar()  # of saving; ours stay
     # With several threads, sums into one place (the gradient of an index) would come in any order otherwise.
-    torch.use_deterministic_algorithms(cfg.device == "cpu", warn_only=True)
+    torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     reward = own_reward(cfg) if cfg.reward else None
@@ -1533,7 +1540,8 @@ def write_report(out, cfg, results, about, influence):
     again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
     parts = [f"# {out.name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
              "![training dynamics](dynamics.png)", *map(influence_table, influence)]
-    (out / "report.partial").write_text("\n\n".join(parts) + "\n")
+    text = "\n\n".join(parts) + "\n"
+    (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
     (out / "report.partial").rename(out / "report.md")
 
 
@@ -1598,7 +1606,8 @@ def check_settings(cfg):
     """Refuse what cannot work, alone or together, and name the flags that mend it."""
     for field in dataclasses.fields(cfg):
         x, (low, high), kind = getattr(cfg, field.name), field.metadata["range"], type(field.default)
-        if not isinstance(x, int | float if kind is float else kind):  # a config.json that was edited
+        choices = (field.default, *field.metadata["choices"])
+        if type(x) not in (kind, kind is float and int) or (len(choices) > 1 and x not in choices):  # edited
             raise UserError(f"{to_flag(field.name)} {x!r:.80}: expected something like {field.default!r}")
         if kind in (int, float) and not low <= x <= high:
             raise UserError(f"{to_flag(field.name)} {x!s:.80}: must be finite, {low} or more, at most {high}")
@@ -1677,7 +1686,7 @@ def parse(argv):
 
 def interrupt(number, frame):  # Ctrl-C or SIGTERM
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, lambda *_: None)
     interrupt.code = 128 + number
     raise KeyboardInterrupt
 
@@ -1723,4 +1732,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what a terminal cannot show
     main()

@@ -154,9 +154,9 @@ def test_a_reward_that_does_not_exist_is_named_in_one_line(mine, capsys, name):
 
 
 LATE = {
-    "nan": ("return item * float('nan')", "adagrpo, step 1: the reward is not finite; give "),
-    "inf": ("return item / 0", "adagrpo, step 1: the reward is not finite; give "),
-    "one item is no number": ("return torch.where(item == 3, float('nan'), 1.0)", "adagrpo, step "),
+    "nan": ("return item * float('nan')", "--reward mine:score: ValueError: a score is not finite; "),
+    "inf": ("return item / 0", "--reward mine:score: ValueError: a score is not finite; "),
+    "one item is no number": ("return torch.where(item == 3, float('nan'), 1.0)", "--reward mine:score: ValueError: a "),
     "shape": ("return item[:, :3] * 1.0", "--reward mine:score: "),
 }
 
