@@ -61,6 +61,8 @@ def data(path):
         ("--tau 1e-300", ["--tau 1e-300", "1e-06 or more", "at most 0.999999"]),
         ("--rho 0", ["--rho 0", "1e-06 or more", "at most 0.999999"]),
         ("--rho 0.9999999999999999", ["--rho", "0.9999999999999999", "1e-06 or more", "at most 0.999999"]),
+        ("--floor 1e38", ["--floor", "at most 1e+30"]),  # a sum of them would not be finite
+        ("--floor -1e38", ["--floor", "-1e+30 or more"]),
         ("--method nll --rho 0", ["--rho 0", "1e-06 or more"]),  # its run judges the ranker too
         ("--method nll --tau 1", ["--tau 1", "at most 0.999999"]),
         ("--method magic", ["--method magic", *nano.METHODS, "all"]),
@@ -312,6 +314,23 @@ def csv_with(folder, *, columns=COLUMNS, rows=None, **cells):
         rows[2][COLUMNS.index(column)] = value
     write_csv(shop / "train.csv", rows, columns)
     return shop
+
+
+@pytest.mark.parametrize("sid", [[0, 0, 1], ["a0", "b0", "c1"], ["<a_0><b_0>", "<c_1>", "<d>"], ["<a_0>", "b", "<c_1>"],
+                                 ["<a_0>", "", "<c_1>"], ["<a_0>", "<<b_0>", "<c_1>"]], ids=str)
+def test_a_catalogue_beside_csv_whose_tokens_could_not_be_told_apart_in_a_cell_is_refused(refused, folder, sid):
+    (csv_with(folder) / "index.json").write_text(json.dumps({"7": sid}))
+    line = refused(*data("shop"))
+    assert "index.json, item 7" in line and "<a_12>" in line
+
+
+@pytest.mark.parametrize("more", ["", "x", "[1, 0]"])
+def test_a_row_with_more_cells_than_the_header_is_refused(refused, folder, more):
+    path = csv_with(folder) / "train.csv"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows[:2], f"{rows[2]},{more}", *rows[3:]]) + "\n")
+    line = refused(*data("shop"))
+    assert "train.csv, line 3" in line and "more cells" in line
 
 
 def test_the_unchanged_rows_are_accepted(folder):

@@ -96,18 +96,19 @@ def check_log(rows, methods, sft_steps, rl_steps):
 
 
 def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path):
-    options = "--toy --sft-steps 5 --rl-steps 3 --beam-width 12 --eval-prompts 20 --device cpu --out results/first"
+    options = "--toy --sft-steps 5 --rl-steps 3 --beam-width 12 --eval-prompts 20 --device cpu --out results/première"
     command = [sys.executable, nano.__file__, *options.split()]
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}  # the order of a set differs between processes
+    # The order of a set differs between processes, and a terminal may not know a letter of the folder's name.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    out = tmp_path / "results" / "first"
+    out = tmp_path / "results" / "première"
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
     assert sorted(path.name for path in out.iterdir()) == FILES
 
     config = json.loads((out / "config.json").read_text())
     assert config == {**vars(nano.Settings(toy=True, device="cpu")), "sft_steps": 5, "rl_steps": 3, "eval_prompts": 20,
-                      "beam_width": 12, "out": "results/first"}
+                      "beam_width": 12, "out": "results/première"}
     check_log(lines(out), ["adagrpo"], 5, 3)
     assert (out / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
@@ -306,8 +307,6 @@ RUNAWAYS = {
     "--lr 1e30 --method grpo+nll": "grpo+nll, step",
     "--grpo-lr 1e30 --method grpo --save-every 0": "grpo, step",
     "--lam 1e38 --method grpo+nll": "grpo+nll, step 1",
-    "--floor 1e38 --method grpo+nll": "reward",
-    "--floor=-1e38 --method grpo": "reward",
     "--method grpo+nll --updates 4 --lr 1e3": "step",
 }
 

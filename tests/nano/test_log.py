@@ -351,6 +351,12 @@ def test_the_last_rows_are_kept_out(tmp_path, share, kept):
     assert not kept or same_log(data.holdout, nano.ImpressionLog(*(x[10 - kept :] for x in whole.log)))
 
 
+def test_a_share_that_is_a_whole_number_of_rows_is_that_many(tmp_path):
+    path = log_jsonl(jsonl(tmp_path / "shop")) / "log.jsonl"
+    path.write_text(path.read_text() * 5)
+    assert len(load(path.parent, log_holdout=0.58).holdout.item) == 29  # .58 times 50 is less than 29 in binary
+
+
 @pytest.fixture
 def shop(folder, unpainted):
     return log_jsonl(jsonl(folder / "shop"))

@@ -22,6 +22,7 @@ from transformers import (
     GPTNeoConfig,
     Lfm2Config,
     MambaConfig,
+    MixtralConfig,
     MptConfig,
     T5Config,
 )
@@ -387,11 +388,19 @@ def test_a_model_whose_config_asks_for_attentions_and_hidden_states_trains_and_i
     folder, results = finished
     shutil.copytree(folder / "model", folder / "verbose")
     config = json.loads((folder / "verbose" / "config.json").read_text())
-    asks = dict(output_attentions=True, output_hidden_states=True)  # with these it could not be saved
+    asks = dict(output_attentions=True, output_hidden_states=True, output_router_logits=True)  # two could not be saved
     (folder / "verbose" / "config.json").write_text(json.dumps(config | asks))
     assert run(folder / "shop", *OPTIONS, "--model", folder / "verbose", "--out", folder / "from verbose") == results
     kept = json.loads((folder / "from verbose" / "policy" / "config.json").read_text())
     assert not any(kept.get(key) for key in asks)
+
+
+def test_a_mixture_of_experts_that_was_trained_with_an_auxiliary_loss_is_taken(folder):
+    made_of(MixtralConfig(**PLAIN, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, max_position_embeddings=64, num_local_experts=4,
+                          output_router_logits=True))(folder / "model")
+    run(jsonl(folder / "shop"), *OPTIONS, "--model", "model", "--out", "here")
+    assert not json.loads((folder / "here" / "policy" / "config.json").read_text())["output_router_logits"]
 
 
 def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_is_taken(folder, monkeypatch):
@@ -476,6 +485,10 @@ REFUSED = {
     "gpt-neo window": (made_of(GPTNeoConfig(
         **PLAIN, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, max_position_embeddings=64,
         attention_types=[[["global", "local"], 1]], window_size=4)), ["gpt_neo", TREE]),
+    **{f"longrope beyond {words} words": (lambda folder, words=words: save_model(
+        folder, rope_parameters=dict(
+            rope_type="longrope", factor=4.0, rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[1.0, 3.0, 8.0, 20.0],
+            original_max_position_embeddings=words)), ["llama", TREE]) for words in (8, 12, 20)},
     "mpt": (made_of(MptConfig(**PLAIN, d_model=16, n_layers=2, n_heads=2, max_seq_len=64)), ["mpt", TREE]),
     "bloom": (made_of(BloomConfig(**PLAIN, hidden_size=16, n_layer=2, n_head=2)), ["bloom"]),
     # transformers 5.0 stops before the comparison, at the second table, which has fewer rows than the grown first one

@@ -114,6 +114,34 @@ def test_a_reward_is_asked_about_two_rows_before_the_supervised_steps(mine, monk
     assert began == [(2, 1)] and sys.modules["mine"].asked == [(2, 1), influence, *[(4, 6 + 1 + 1)] * 2]
 
 
+@pytest.mark.parametrize("options", [["--method", "nll"], ["--rl-steps", "0"]], ids=" ".join)
+def test_a_reward_of_which_only_the_table_of_influence_would_make_use_is_checked_too(mine, capsys, folder, options):
+    mine("def score(history, item):\n    return item * float('nan')\n")
+    assert "a score is not finite" in refused(capsys, "--reward", "mine:score", "--out", "here", *options)
+    assert not (folder / "here").exists()
+
+
+def test_a_reward_may_import_its_neighbours_when_it_is_called_and_leaves_the_path_as_it_was(mine, folder):
+    (folder / "neighbour_of_mine.py").write_text("def price(item):\n    return item * 0.5\n")
+    mine("def score(history, item):\n    import neighbour_of_mine\n    return neighbour_of_mine.price(item)\n")
+    before = [*sys.path]
+    reward = nano.own_reward(settings(reward="mine:score"))
+    [scores] = reward(torch.zeros(1, 2), torch.tensor([[1, 2]])).values()
+    assert scores.tolist() == [[0.5, 1.0]] and sys.path == before
+    sys.modules.pop("neighbour_of_mine")
+
+
+def test_copies_of_an_item_have_equal_rewards_whatever_a_product_rounds_to(mine):
+    mine("def score(history, item):\n    place = torch.arange(item.shape[1]) * 1e-7\n"
+         "    return {'a': item + place, 'b': item * 0 + place}\n")
+    item = torch.tensor([[3, 5, 3, -1, 5, -1], [-1, 2, 2, 2, 7, 3]])
+    reward = nano.own_reward(settings(reward="mine:score", floor=-1.0))
+    scores, parts = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
+    for row, x in zip(item.tolist(), scores.tolist(), strict=True):
+        assert all(len({x[i] for i in range(6) if row[i] == one}) == 1 for one in row)
+    assert parts.keys() == {"reward/a", "reward/b"}
+
+
 FAULTS = {
     "it raises": ("def score(history, item):\n    return item / len([])[0]\n", ["TypeError", "mine.py, line 3"]),
     "its helper raises": ("def help():\n    raise KeyError('price')\ndef score(history, item):\n    return help()\n",
@@ -156,7 +184,7 @@ def test_a_reward_that_does_not_exist_is_named_in_one_line(mine, capsys, name):
 LATE = {
     "nan": ("return item * float('nan')", "--reward mine:score: ValueError: a score is not finite; "),
     "inf": ("return item / 0", "--reward mine:score: ValueError: a score is not finite; "),
-    "one item is no number": ("return torch.where(item == 3, float('nan'), 1.0)", "--reward mine:score: ValueError: a "),
+    "one item": ("return torch.where(item == 3, float('nan'), 1.0)", "--reward mine:score: ValueError: a score is "),
     "shape": ("return item[:, :3] * 1.0", "--reward mine:score: "),
 }
 

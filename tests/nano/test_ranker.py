@@ -55,6 +55,17 @@ def test_the_reward_is_pointwise_the_rest_of_the_group_does_not_matter(question,
     assert scores.std(0).min() > 0, "the prompt matters, or the test above says nothing"
 
 
+@pytest.mark.parametrize("width", [7, 18, 33])
+def test_copies_of_an_item_tie_in_the_pool_of_a_ranker_without_orders(shop, width):
+    """A product of matrices may round one item otherwise in another column."""
+    ranker = nano.train_ranker(shop.catalogue, shop.log._replace(order=None), settings(), epochs=1)
+    draw = torch.Generator().manual_seed(0)
+    history, item = shop.test.history[:64], torch.randint(-1, 4, (64, width), generator=draw)
+    scores, _ = nano.reward_of(nano.make_reward(ranker, settings()), history, item, [slice(0, 64)])
+    same = item[:, :, None] == item[:, None]
+    assert torch.equal(scores[:, :, None].expand_as(same)[same], scores[:, None].expand_as(same)[same])
+
+
 def test_padding_on_the_left_of_a_history_does_not_matter(question, reward):
     history, item = question
     padded = torch.cat([torch.full((12, 3), -1), history], 1)

@@ -447,6 +447,30 @@ def test_a_second_signal_is_ignored_while_the_first_is_handled(shop, monkeypatch
     assert made(shop / "here") == made(shop / "whole")
 
 
+def test_two_signals_at_once_end_in_one_line_too(shop, monkeypatch, capsys):
+    def both():
+        signal.pthread_sigmask(signal.SIG_BLOCK, both_signals := {signal.SIGINT, signal.SIGTERM})
+        for number in both_signals:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both_signals)
+
+    unraisable = []
+    monkeypatch.setattr("sys.unraisablehook", unraisable.append)
+    with at_line(monkeypatch, 9, both):
+        line = refused(capsys, lambda: begin("here"), code=130)
+    assert line.endswith("; go on with --resume here") and not unraisable
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_a_file_in_the_place_of_the_policy_loses_nothing(shop, here, capsys):
+    (here / "policy").write_text("x")
+    assert "File exists" in refused(capsys, lambda: resume("here"))
+    (here / "policy").unlink()
+    resume("here")
+    assert made(here) == made(shop / "whole")
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_of_which_a_library_makes_an_error_is_still_a_signal(here, shop, monkeypatch, capsys, number, code):
     def load(path):
@@ -662,7 +686,10 @@ def test_what_is_no_run_or_complete_or_to_be_changed_is_refused(shop, capsys):
     "text", ["", "{", "[]", "null", "7", "[" * 100_000, '{"grop_size": 3}', '{"group_size": "3"}',
              '{"group_size": null}', '{"data": "shop", "tau": 0.01}', '{"data": "shop", "lr": NaN}',
              '{"data": "shop", "seed": %s}' % ("9" * 5000),
-             '{"data": "shop", "method": "magic"}', '{"\\u001b\\n%s": 1}' % ("x" * 999), "{}"],
+             '{"data": "shop", "method": "magic"}', '{"data": "shop", "keep": "worst"}',
+             '{"data": "shop", "seed": true}', '{"data": "shop", "dtype": "float16"}',
+             '{"data": "shop", "log_to": "json"}', '{"data": "shop", "lam": true}',
+             '{"\\u001b\\n%s": 1}' % ("x" * 999), "{}"],
     ids=lambda text: text[:25])
 def test_a_config_that_cannot_be_used_is_refused(here, capsys, text):
     (here / "config.json").write_text(text)
