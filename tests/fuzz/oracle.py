@@ -92,6 +92,8 @@ class Reading:
                 raise Bad(file, "tokens of various sorts")
             if any(isinstance(x, str) and (x in RESERVED or not x.isprintable()) for x in sid):
                 raise Bad(file, "reserved, or not printable")
+            if file == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid):
+                raise Bad(file, "a token that a cell could not hold")
             if any(x == "" for x in sid):
                 self.doubts.append("an empty token")
             if sid not in found:
