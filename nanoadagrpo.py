@@ -646,9 +646,10 @@ def read_catalogue(path):
     """The distinct Semantic IDs, in their order; items that share one cannot be told apart."""
     with in_one_line(f"{path}: not valid JSON"):
         entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
-    sids, entries = {}, dict(enumerate(entries)) if isinstance(entries, list) else entries
+    sids, like = {}, ("<a_12>", "<b_3>")  # so that a cell of CSV can hold several
+    entries = dict(enumerate(entries)) if isinstance(entries, list) else entries
     for name, sid in entries.items() if isinstance(entries, dict) else ():
-        kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), ("<a_12>", "<b_3>"))]
+        kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), like)]
         if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
                 or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)
                 or (path.name == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid))):
@@ -1024,6 +1025,8 @@ def make_policy(model, catalogue, cfg):
     roles = dict(zip(("pad_token", "bos_token"), special, strict=False))  # padding is masked: any will do
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **roles)
     model.generation_config = transformers.GenerationConfig(max_new_tokens=catalogue.L)  # no inherited one
+    for config in (model.config, model.config.get_text_config()):  # with them no saving, or another mask
+        config.output_attentions = config.output_hidden_states = config.output_router_logits = False
     return Policy(model, catalogue, cfg, tokenizer)
 
 
@@ -1090,8 +1093,6 @@ def cut_vocabulary(model, known, catalogue, cfg):
         config.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
         config.pad_token_id = config.eos_token_id = None  # the row of a padding token would get no gradient
         config.bos_token_id = V - 1 if START_TOKEN in known else None
-        # Nobody asks for these; the first two could not be saved, the last does not take our mask.
-        config.output_attentions = config.output_hidden_states = config.output_router_logits = False
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
     # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
@@ -1112,7 +1113,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     model.resize_token_embeddings(V, mean_resizing=False)
     model.get_input_embeddings().padding_idx = None
     fill(apart)
-    policy = Policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
+    policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
         prompt, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
