@@ -44,6 +44,8 @@ def find(name):
 def trouble_with_arrays(name, folder):
     """Why array-api-compat would not be found, or not the one that is meant, in a line."""
     hook, package = folder.parent / f"{HOOK}.py", name.rpartition(".")[0]
+    if (folder / hook.name).exists():
+        return f"{folder / hook.name}: not used; it belongs beside the copy, into {folder.parent}"
     if not hook.is_file():
         return None if find_spec("array_api_compat") else f"array_api_compat is not installed: {INSTALL}"
     if not package:
@@ -80,7 +82,8 @@ def main(name, *options):
         print(f"not as in this checkout: {', '.join(other)}; its tests may be those of another version")
     import pytest
 
-    sys.exit(pytest.main([str(ROOT / "tests" / "core"), *options]))
+    # In this process: another one would import adagrpo_core itself.
+    sys.exit(pytest.main([str(ROOT / "tests" / "core"), *options, "-n", "0"]))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,25 @@ def test_the_cores_tests_run_on_a_copy_under_another_name(tmp_path):
     assert str(tmp_path / "shop" / "ext" / "adagrpo") in out
 
 
+def test_a_fault_of_the_copy_is_found_and_not_looked_for_in_the_core_of_this_repository(tmp_path):
+    vendor(tmp_path, hook=False)
+    with (tmp_path / "shop" / "ext" / "adagrpo" / "__init__.py").open("a") as file:
+        file.write("\n\ndef grpo_loss(new, old, advantages, /, **settings):\n    return new.sum(-1) * 0\n")
+    script = str(ROOT / "tests" / "recipes" / "on_copy.py")
+    options = ["-k", "worked_example_of_the_clip", "-p", "no:cacheprovider", "-x"]
+    command = [sys.executable, script, "shop.ext.adagrpo", *options]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:]
+
+
+def test_a_hook_within_the_copy_is_told_its_place(tmp_path):
+    vendor(tmp_path, hook=True)
+    (tmp_path / "shop" / "ext" / "_array_api_compat_vendor.py").rename(
+        tmp_path / "shop" / "ext" / "adagrpo" / "_array_api_compat_vendor.py")
+    assert "belongs beside the copy" in refused(tmp_path, "shop.ext.adagrpo")
+
+
 def test_the_hook_beside_the_copy_replaces_the_installed_array_api_compat(tmp_path):
     vendor(tmp_path, hook=True)
     code = """
