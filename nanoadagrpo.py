@@ -1299,8 +1299,9 @@ class Checkpoints:
                     tensors[x["tensor"]] if "tensor" in x else x))
                 parts = "base", "best", "policy", "generators", "adamw", "schedule"
                 kinds = dict(phase=str, step=int, rows=list) | dict.fromkeys(parts, dict)
-                if wrong := [key for key, kind in kinds.items() if type(self.state[key]) is not kind]:
-                    raise ValueError(f"its {wrong[0]} cannot be used")
+                wrong = [key for key, kind in kinds.items() if type(self.state[key]) is not kind]
+                if wrong or self.state["phase"] not in ("sft", *methods(cfg)) or self.state["step"] < 1:
+                    raise ValueError(f"its {[*wrong, 'phase or step'][0]} cannot be used")
                 self.base, self.best = self.state["base"], self.state["best"]
                 for key, x in self.origin.items():
                     if x != self.state["origin"][key]:
