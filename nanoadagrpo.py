@@ -953,12 +953,17 @@ def named(scores):
     return scores if isinstance(scores, dict) and scores else {"": scores}
 
 
+def first_copy(item):
+    """(B, n) where each item stands first in its row: its copies get that score, none is rounded apart."""
+    return (item[:, :, None] == item[:, None]).int().argmax(2)
+
+
 def reward_of(reward, history, item, parts):
     """Scores (B, n) of the whole batch, each process having asked for its own rows; means of named parts."""
     local = slice(parts[0].start, parts[-1].stop)
     with torch.no_grad():
         scores = named(reward(history[local], item[local]))
-    first = (item[:, :, None] == item[:, None]).int().argmax(2)  # copies of an item tie: none rounds apart
+    first = first_copy(item)
     scores = {name: all_gather([x]).gather(1, first) for name, x in scores.items()}
     return sum(scores.values()), {f"reward/{name}": x.mean() for name, x in scores.items() if name != ""}
 
@@ -980,11 +985,11 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     others = (row[:, None] + 1 + (u[:, :M] * (n - 1)).long()) % n
     negatives = item[others, (u[:, M : 2 * M] * W).long()]
     pool = torch.cat([item, prompts.target[:, None], negatives], 1)  # (n, W + 1 + M)
-    first = torch.stack([(pool == x[:, None]).int().argmax(1) for x in pool.unbind(1)], 1)
-    by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))  # equal items: equal scores
     parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
+    first = torch.cat([first_copy(x) for _, x in parts])
     by_ranker = torch.cat([sum(named(reward(part.history, x)).values()) for part, x in parts])
-    by_ranker = by_ranker.gather(1, first)  # copies of an item tie, as in `reward_of`
+    by_ranker = by_ranker.gather(1, first)
+    by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
     target_logp = core.length_normalized(torch.cat([prefill_with_target(policy, x)[1] for x, _ in parts]))
     logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
 
@@ -1608,8 +1613,9 @@ def check_settings(cfg):
     """Refuse what cannot work, alone or together, and name the flags that mend it."""
     for field in dataclasses.fields(cfg):
         x, (low, high), kind = getattr(cfg, field.name), field.metadata["range"], type(field.default)
-        choices = (field.default, *field.metadata["choices"])
-        if type(x) not in (kind, kind is float and int) or (len(choices) > 1 and x not in choices):  # edited
+        choices = field.metadata["choices"]  # argparse checks both, but not in a config.json that was edited
+        fits = type(x) is kind or (kind is float and type(x) is int)
+        if not fits or (choices and x not in (field.default, *choices)):
             raise UserError(f"{to_flag(field.name)} {x!r:.80}: expected something like {field.default!r}")
         if kind in (int, float) and not low <= x <= high:
             raise UserError(f"{to_flag(field.name)} {x!s:.80}: must be finite, {low} or more, at most {high}")

@@ -3,13 +3,11 @@
 
 import ast
 import contextlib
-import importlib
 import io
 import itertools
 import json
 import re
 import shlex
-import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -412,14 +410,15 @@ def parts_of(text):
     return "".join(pieces[::2]), "".join(pieces[1::2])
 
 
-def test_what_the_results_say_is_what_the_tables_say():
+def test_what_the_results_say_is_what_the_tables_say(monkeypatch):
     """Each number with an interval that people wrote stands in a part that a driver wrote."""
     pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "results-tables.md")]
     said, written = zip(*map(parts_of, pages), strict=True)
     numbers = re.findall(r"[+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", " ".join(" ".join(said).split()))
-    sys.path.append(str(ROOT / "docs" / "evidence"))
-    arithmetic, report = map(importlib.import_module, ("arithmetic", "report"))
-    sys.path.pop()
+    monkeypatch.syspath_prepend(ROOT / "docs" / "evidence")
+    import arithmetic
+    import report
+
     arms = json.loads((ROOT / "docs" / "evidence" / "random-at-d.json").read_text())
     later = [report.signed(arithmetic.over_seeds([x - y for x, y in zip(*pair, strict=True)]))
              for key in ("hr@10", "utility@10") for pair in itertools.permutations(arms[key].values(), 2)]

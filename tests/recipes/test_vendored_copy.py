@@ -14,6 +14,7 @@ import pytest
 import adagrpo_core
 
 ROOT = Path(__file__).parents[2]
+ON_COPY = str(ROOT / "tests" / "recipes" / "on_copy.py")
 HOOK = "from shop.array_api_compat import array_namespace, device, is_jax_array, is_torch_array  # noqa: F401\n"
 
 
@@ -28,17 +29,20 @@ def vendor(project, *, hook):
         (project / "shop" / "ext" / "_array_api_compat_vendor.py").write_text(HOOK)
 
 
+def ended(project, *command, path=None):
+    environment = {**os.environ, "PYTHONPATH": str(path or project), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment, cwd=project, capture_output=True, text=True)
+
+
 def run(project, *command):
-    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, cwd=project, capture_output=True, text=True)
+    done = ended(project, *command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
 def test_the_cores_tests_run_on_a_copy_under_another_name(tmp_path):
     vendor(tmp_path, hook=False)
-    script = str(ROOT / "tests" / "recipes" / "on_copy.py")
-    out = run(tmp_path, script, "shop.ext.adagrpo", "-p", "no:cacheprovider", "-k", "nothing_happens")
+    out = run(tmp_path, ON_COPY, "shop.ext.adagrpo", "-p", "no:cacheprovider", "-k", "nothing_happens")
     assert str(tmp_path / "shop" / "ext" / "adagrpo") in out
 
 
@@ -46,11 +50,8 @@ def test_a_fault_of_the_copy_is_found_and_not_looked_for_in_the_core_of_this_rep
     vendor(tmp_path, hook=False)
     with (tmp_path / "shop" / "ext" / "adagrpo" / "__init__.py").open("a") as file:
         file.write("\n\ndef grpo_loss(new, old, advantages, /, **settings):\n    return new.sum(-1) * 0\n")
-    script = str(ROOT / "tests" / "recipes" / "on_copy.py")
     options = ["-k", "worked_example_of_the_clip", "-p", "no:cacheprovider", "-x"]
-    command = [sys.executable, script, "shop.ext.adagrpo", *options]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = ended(tmp_path, ON_COPY, "shop.ext.adagrpo", *options)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:]
 
 
@@ -76,9 +77,7 @@ assert "shop.array_api_compat" in sys.modules and "adagrpo_core" not in sys.modu
 
 def refused(project, name, *, path=None):
     """The one line by which on_copy.py refuses."""
-    environment = {**os.environ, "PYTHONPATH": str(path or project), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "recipes" / "on_copy.py"), name]
-    done = subprocess.run(command, env=environment, cwd=project, capture_output=True, text=True)
+    done = ended(project, ON_COPY, name, path=path)
     assert done.returncode == 1 and done.stdout == "", done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     return line
