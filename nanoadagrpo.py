@@ -868,10 +868,10 @@ class Ranker(nn.Module):
         return dict(zip(("click", "order"), p.unbind(-1), strict=False))
 
 
-def train_ranker(catalogue, log, cfg, epochs=3, batch=64, lr=1e-2):
+def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e-2):
     torch.manual_seed(cfg.seed)
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
-    steps = max(100, epochs * len(log.item) // batch)  # a short log is gone through more often
+    steps = max(least_steps, epochs * len(log.item) // batch)  # a short log is gone through more often
     optimizer = Optimizer(ranker, lr, steps)
     order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
     for step in progress(range(steps if rank() == 0 else 0), "ranker"):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`DEEP_TESTS=1 pytest` tries more: 100 draws of every property of the core, and a kill at every touch of the disk."""
+"""`DEEP_TESTS=1 pytest` tries more: 100 draws of every property of the core, a kill at every touch
+of the disk, and a benchmark that starts processes of its own.
+"""
 
 import gc
 import os

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
 """A few tries of each kind with every run of the tests; `python tests/fuzz/run.py` makes more."""
 
+import functools
+
 import pytest
+
+import nanoadagrpo as nano
 
 from .run import tries
 
@@ -11,6 +15,13 @@ OPEN = {  # faults that are known (RESULT.md), by how they begin; to be emptied 
     "exit code 1 in forged", "does not say rightly whether to go on", "SIGINT once, exit code -2 (process)",
     "SIGINT twice, a traceback (process)",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_ranker():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nano, "train_ranker", functools.partial(nano.train_ranker, least_steps=5))
+        yield
 
 
 @pytest.mark.parametrize("kind, n", SHARE.items())

@@ -6,7 +6,7 @@ import torch
 
 import nanoadagrpo as nano
 
-from .helpers import SHOP, settings
+from .helpers import SHOP, make_brief, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 torch.set_num_threads(1)
@@ -32,9 +32,8 @@ def base(shop):
 
 
 @pytest.fixture
-def unpainted(monkeypatch):
-    """Without the picture, which is most of a short run. tests/nano/test_command_line.py looks at it."""
-    monkeypatch.setattr(nano, "picture", lambda rows, path: path.touch())
+def brief(monkeypatch):
+    make_brief(monkeypatch)
 
 
 @pytest.fixture

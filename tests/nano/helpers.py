@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What several files share: small shops, small models of many families, and the plain way to score a sequence."""
 
+import functools
 import itertools
 import json
 import os
@@ -44,6 +45,12 @@ def settings(**changes):
 def run(*arguments, data="shop"):
     """The command line on a small shop in a folder."""
     return nano.main(["--data", str(data), "--device", DEVICE, *QUICK, "--batch-size", "4", *map(str, arguments)])
+
+
+def make_brief(patch):
+    """Runs without what takes most of so short a run and is tested in files of its own: picture, ranker's training."""
+    patch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
+    patch.setattr(nano, "train_ranker", functools.partial(nano.train_ranker, least_steps=5))
 
 
 def refused(capsys, call, code=2):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import nanoadagrpo as nano
 
-from .helpers import DEVICE, QUICK, SHOP
+from .helpers import DEVICE, QUICK, SHOP, make_brief
 
 FILES = ["config.json", "dynamics.png", "metrics.jsonl", "policy", "ranker.safetensors", "report.md"]
 EVERY_STEP = {"phase", "step", "lr", "nll", "gradient_norm"}
@@ -37,10 +37,10 @@ NOTHING = ["--sft-steps", "0", "--rl-steps", "0"]  # but a ranker, and an evalua
 
 
 @pytest.fixture(autouse=True)
-def unpainted(request, monkeypatch):
-    """Without the picture, which is most of so short a run; where it is looked at, it is there."""
+def brief(request, monkeypatch):
+    """Where picture and ranker are looked at, they are there."""
     if "everything" not in request.fixturenames:
-        monkeypatch.setattr(nano, "picture", lambda rows, path: path.touch())
+        make_brief(monkeypatch)
 
 
 def lines(folder):

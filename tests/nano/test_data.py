@@ -226,8 +226,7 @@ def test_a_folder_is_trained_on_end_to_end(folder, layout, capsys):
     assert "adagrpo" in capsys.readouterr().out
 
 
-def test_both_layouts_lead_to_the_same_results(folder, monkeypatch):
-    monkeypatch.setattr(nano, "picture", lambda rows, path: None)  # most of such a run
+def test_both_layouts_lead_to_the_same_results(folder, brief):
     one, other = (nano.main(["--data", str(make(folder / name)), "--device", DEVICE, *QUICK])
                   for name, make in LAYOUTS.items())
     assert one == other

@@ -327,7 +327,7 @@ def test_a_reward_of_ones_own_may_be_computed_on_the_cpu(monkeypatch):
 
 
 @pytest.fixture
-def data(folder, unpainted):
+def data(folder, brief):
     jsonl(folder / "shop")
     save_model(folder / "model")
     return folder

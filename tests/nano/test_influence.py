@@ -185,7 +185,7 @@ def test_the_verdict_says_whether_the_ranker_is_clearly_above_chance(R, chance, 
     assert ("separates" in text) == clear
 
 
-def test_a_run_shows_it_on_the_screen_and_in_the_report_before_the_method_begins(folder, unpainted, capsys):
+def test_a_run_shows_it_on_the_screen_and_in_the_report_before_the_method_begins(folder, brief, capsys):
     jsonl(folder / "shop")
     given = ["--data", "shop", "--device", DEVICE, *QUICK, "--batch-size", "4"]
     nano.main([*given, "--out", "here"])

@@ -19,7 +19,7 @@ BEST = ["--keep", "best", "--beam-width", "12"]  # evaluations at steps 0, 2, 4 
 
 
 @pytest.fixture(autouse=True)
-def shop(folder, unpainted):
+def shop(folder, brief):
     return jsonl(folder / "shop")
 
 

@@ -358,7 +358,7 @@ def test_a_share_that_is_a_whole_number_of_rows_is_that_many(tmp_path):
 
 
 @pytest.fixture
-def shop(folder, unpainted):
+def shop(folder, brief):
     return log_jsonl(jsonl(folder / "shop"))
 
 
@@ -433,7 +433,7 @@ def test_a_run_does_not_go_on_with_another_log(shop, folder, capsys, monkeypatch
 
 @pytest.mark.parametrize("layout", ["JSONL", "MiniOneRec"])
 def test_the_toy_world_written_as_a_folder_gives_the_numbers_of_the_toy(
-        small_shop, folder, unpainted, monkeypatch, layout):
+        small_shop, folder, brief, monkeypatch, layout):
     with monkeypatch.context() as patch:
         patch.setattr(nano, "subset", lambda prompts, *_: prompts)  # as recorded, not shuffled
         world = nano.toy_world(settings())

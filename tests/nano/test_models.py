@@ -39,6 +39,7 @@ from .helpers import (
     beam_search,
     distance,
     logged,
+    make_brief,
     plain_logp,
     save_model,
     settings,
@@ -46,7 +47,7 @@ from .helpers import (
 )
 from .shops import CODES, jsonl, minionerec
 
-pytestmark = pytest.mark.usefixtures("unpainted")
+pytestmark = pytest.mark.usefixtures("brief")
 CATALOGUE = nano.Catalogue([(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 1), (2, 1, 0)])
 HISTORIES = torch.tensor([[-1, -1, 3], [0, 5, 2], [-1, 4, 4], [1, 0, 3]])
 PROMPTS = nano.Prompts(HISTORIES, torch.tensor([3, 0, 5, 1]), torch.arange(4))
@@ -321,7 +322,9 @@ def finished(tmp_path_factory):
     """(where, what it found) of a run from a model to a report."""
     folder = tmp_path_factory.mktemp("finished")
     jsonl(folder / "shop"), save_model(folder / "model", "qwen3", words=KNOWN)
-    return folder, run(folder / "shop", *OPTIONS, "--model", folder / "model", "--out", folder / "first")
+    with pytest.MonkeyPatch.context() as patch:
+        make_brief(patch)
+        return folder, run(folder / "shop", *OPTIONS, "--model", folder / "model", "--out", folder / "first")
 
 
 OPTIONS = ["--max-history", "4", "--sft-lr", "1e-2"]
@@ -349,8 +352,10 @@ def test_a_finished_policy_is_a_model_that_evaluates_to_what_it_did_and_can_be_t
 
 
 FRESH = f"""
-import sys, nanoadagrpo as nano
-nano.picture, whole = lambda rows, path: path.touch(), nano.toy_world
+import sys, pytest, nanoadagrpo as nano
+from tests.nano.helpers import make_brief
+make_brief(pytest.MonkeyPatch())
+whole = nano.toy_world
 nano.main(sys.argv[1:])
 nano.toy_world = lambda cfg: whole(cfg, nano.{SHOP})
 nano.main({TOY} + ["--out", "toy fresh"])

@@ -20,7 +20,7 @@ from .helpers import distance, logged, run, settings
 from .shops import jsonl
 from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, train
 
-pytestmark = pytest.mark.usefixtures("unpainted")
+pytestmark = pytest.mark.usefixtures("brief")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import nanoadagrpo as nano
 
-from .helpers import DEVICE, logged, made, refused, save_model
+from .helpers import DEVICE, logged, made, make_brief, refused, save_model
 from .shops import CODES, jsonl, minionerec
 
 OPTIONS = ["--device", DEVICE, "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
@@ -33,10 +33,7 @@ class Stopped(BaseException):
     pass
 
 
-@pytest.fixture(autouse=True)
-def unpainted(monkeypatch):
-    """Without the picture, which is most of so short a run."""
-    monkeypatch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
+pytestmark = pytest.mark.usefixtures("brief")
 
 
 def begin(out, *arguments):
@@ -84,7 +81,7 @@ def templates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("templates")
     jsonl(folder / "shop")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
+        make_brief(patch)
         patch.chdir(folder)
         begin("whole")
         stopped_after(patch, 12, lambda: begin("here"))
