@@ -141,21 +141,22 @@ class Settings:
 
 
 class PromptCache(NamedTuple):
-    """Prompts that were run once; every tree below starts from here."""
+    """Prompts that were run once: where trees and the scoring of given tokens start."""
 
-    layers: list  # the KV cache: per layer, keys and values (B, heads, T, width)
+    kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
     logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token
 
     def rows(self, index):
-        return PromptCache([(k[index], v[index]) for k, v in self.layers], self.mask[index], self.logp[index])
+        kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
+        return PromptCache(kv_cache, self.mask[index], self.logp[index])
 
 
 class Policy:
     """A Hugging Face causal language model whose vocabulary, cut in Part II, is Semantic IDs and little else.
 
-    It has the S SID tokens of all levels, numbered as in the catalogue; then the query token, which ends each
-    prompt; then the start token, which begins it, if the model has one.
+    Its V words: 0 to S - 1 are the SID tokens of all levels, as the catalogue numbers them; S is the query
+    token, which ends each prompt; S + 1 is the start token, which begins it, if the model has one.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
@@ -172,20 +173,20 @@ class Policy:
     def data_parallel_model(self):  # for passes with a gradient
         return data_parallel(self.model)
 
-    def forward(self, tokens, attention_mask, positions, layers=None, keep=0):
-        """Run n new tokens (B, n); row i of attention_mask (B, n, cached + n) says what token i may see.
+    def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
+        """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
-        Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens if given,
-        and the KV cache, longer by n. Every pass goes through here, and through the model's own forward.
+        Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens alone unless
+        that is 0, and the KV cache, longer by n. Every pass goes through the model's own forward, here.
         """
         # Products in bfloat16, weights in float32: bfloat16 weights would round small updates away.
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # Added to the attention scores, and finite, also where the softmax runs in float32: over -inf alone,
-        # which is all that a padding row would see, a softmax is NaN.
+        # Added to the attention scores. Finite, also where the softmax runs in float32: padding sees nothing,
+        # and the softmax of -inf alone is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.zeros(attention_mask.shape, dtype=dtype, device=tokens.device)
         mask = mask.masked_fill(~attention_mask, blocked)[:, None]
-        cache = DynamicCache(layers)  # shares the tensors, so that one prompt can be continued many times
+        cache = DynamicCache(kv_cache)  # shares the tensors, so that one prompt can be continued many times
         model = self.data_parallel_model if torch.is_grad_enabled() else self.model
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
@@ -201,43 +202,32 @@ class Policy:
 
 
 def prefill(policy, history, target=None):
-    """Run (B, H) histories once -> PromptCache.
-
-    Behind each prompt, SID tokens `target` (B, l) are run as well, if given. Then the cache is longer by l,
-    and logp (B, 1 + l, V) tells what comes after the prompt and after each of them.
-    """
-    history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
-    tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
-    mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
-    tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)  # (B, T)
-    if policy.start is not None:
-        tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
-    keep = 1
-    if target is not None:
-        keep += target.shape[1]
-        tokens, mask = torch.cat([tokens, target], 1), F.pad(mask, (0, keep - 1), value=True)
-    causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
-    logp, layers = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
-    return PromptCache(layers, mask, logp)
-
-
-def prefill_with_target(policy, batch):
-    """PromptCache, and the true item's log-probabilities (B, L), which carry gradient.
+    """Run (B, H) histories once -> PromptCache, and log-probabilities (B, L) of items `target` (B,) if given.
 
     One pass over prompt and truth gives both: with causal attention the truth changes nothing before it, so
     it is cut off the cache again. Its last token is left out, since nothing has to be predicted after it.
     """
-    target = policy.catalogue.tokens[batch.target]  # (B, L)
-    layers, mask, logp = prefill(policy, batch.history, target[:, :-1])
-    T = mask.shape[1] - target.shape[1] + 1
-    prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in layers], mask[:, :T], logp[:, :1])
-    return prompt, logp.gather(-1, target[..., None])[..., 0]
+    history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
+    tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
+    mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
+    tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
+    if policy.start is not None:
+        tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
+    T = mask.shape[1]
+    if target is not None:
+        target = policy.catalogue.tokens[target]  # (B, L)
+        tokens = torch.cat([tokens, target[:, :-1]], 1)
+        mask = F.pad(mask, (0, target.shape[1] - 1), value=True)
+    causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+    logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=mask.shape[1] - T + 1)
+    prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], logp[:, :1])
+    return prompt, None if target is None else logp.gather(-1, target[..., None])[..., 0]
 
 
-# A tree grows level by level. At each, select(prefix, logp, total) is shown the tokens of m branches so far
-# (B, m, level), what may follow each of them (B, m, V), and how likely they are (B, m). It answers, for each
-# of n new branches, which old one it continues and by which token: two integer tensors (B, n).
+# A tree grows level by level. At each, select(prefix, logp, total) gets the tokens of m branches so far
+# (B, m, level), log-probabilities of what may follow (B, m, V), and those of the branches, summed (B, m). It
+# answers, for each of n new branches, which old one it continues and by which token: two tensors (B, n).
 
 
 def unbranched(prefix, n):
@@ -250,19 +240,7 @@ def teacher_forcing(tokens):
     return lambda prefix, logp, total: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
-def candidates(logp, prefix, catalogue):
-    """Words that may follow (B, m, C), None for all, and their log-probabilities (B, m, C).
-
-    With a catalogue (`--constrained`), only words with which some item goes on. The tree still notes the free
-    softmax's likelihoods, which D and the ratio compare; only the sampling distribution is renormalised.
-    """
-    if catalogue is None:
-        return None, logp
-    words, valid = catalogue.continuations(prefix)
-    return words, logp.gather(-1, words).masked_fill(~valid, -torch.inf)
-
-
-def sample(uniform, catalogue=None):
+def sample(uniform):
     """n independent samples, decided by uniform random numbers in [0, 1), (L, B, n).
 
     Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. All are drawn for
@@ -270,27 +248,21 @@ def sample(uniform, catalogue=None):
     """
 
     def select(prefix, logp, total):
-        words, logp = candidates(logp.detach().float(), prefix, catalogue)
-        logp = logp.log_softmax(-1) if catalogue else logp  # or exp() of all that are allowed could be 0
-        cdf = logp.exp().cumsum(-1)  # (B, m, C); the last one is 1 but for rounding
+        cdf = logp.detach().float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
         u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m)
         token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
-        token = words.gather(-1, token) if catalogue else token
         return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
     return select
 
 
-def beam(width, catalogue=None):
+def beam(width):
     """Beam search: the most likely continuations of all branches together."""
 
     def select(prefix, logp, total):
-        words, logp = candidates(logp, prefix, catalogue)
-        score = (total[..., None] + logp).flatten(1)  # (B, m * C)
-        possible = len(catalogue.pairs[prefix.shape[-1]]) if catalogue else score.shape[1]  # without padding
-        best = score.topk(min(width, possible)).indices
-        token = words.flatten(1).gather(1, best) if catalogue else best % logp.shape[-1]
-        return best // logp.shape[-1], token
+        score = (total[..., None] + logp).flatten(1)  # (B, m * V)
+        best = score.topk(min(width, score.shape[1])).indices
+        return best // logp.shape[-1], best % logp.shape[-1]
 
     return select
 
@@ -300,23 +272,26 @@ def tree_decode(policy, prompt, select):
 
     Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), which carry gradient.
 
-    The n branches of a level are run as ONE sequence of n tokens, under an attention mask that shows each of
-    them the prompt, its ancestors and itself. So the prompt is never repeated, and when a beam changes its
-    parent, the mask is reordered and not the cache.
+    The m branches of a level are run as ONE sequence of m tokens, under an attention mask that shows each of
+    them the prompt, its ancestors and itself: so the prompt is never repeated. Two branches of level 1 that
+    continue the first of two of level 0 see, of prompt | level 0 | level 1:
+
+        1 1 1 | 1 0 | 1 0        Where branches change parents, rows of the mask are
+        1 1 1 | 1 0 | 0 1        reordered; the KV cache stays as it is.
     """
-    layers, logp = prompt.layers, prompt.logp  # (B, 1, V): the only branch is the prompt
+    kv_cache, logp = prompt.kv_cache, prompt.logp  # (B, 1, V): the only branch is the prompt
     B, T = prompt.mask.shape
     tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
-    ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch descends from
+    ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch may see
     row = torch.arange(B, device=logp.device)[:, None]  # x[row, parent]: of each new branch's parent
     for level in range(policy.catalogue.L):
         if level:  # run the last token of each branch; what follows the prompt is known
-            n = tokens.shape[1]
-            itself = torch.eye(n, dtype=torch.bool, device=tokens.device).expand(B, n, n)
+            m = tokens.shape[1]
+            itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
             ancestor_mask = torch.cat([ancestor_mask, itself], -1)
-            attention_mask = torch.cat([prompt.mask[:, None].expand(B, n, T), ancestor_mask], -1)
-            positions = (prompt.mask.sum(1, keepdim=True) + level - 1).expand(B, n)
-            logp, layers = policy.forward(tokens[..., -1], attention_mask, positions, layers)
+            attention_mask = torch.cat([prompt.mask[:, None].expand(B, m, T), ancestor_mask], -1)
+            positions = (prompt.mask.sum(1, keepdim=True) + level - 1).expand(B, m)
+            logp, kv_cache = policy.forward(tokens[..., -1], attention_mask, positions, kv_cache)
         parent, token = select(tokens, logp, token_logp.sum(-1))
         tokens = torch.cat([tokens[row, parent], token[..., None]], -1)
         token_logp = torch.cat([token_logp[row, parent], logp[row, parent, token][..., None]], -1)
@@ -325,7 +300,7 @@ def tree_decode(policy, prompt, select):
 
 
 def sequence_logp(policy, prompt, tokens):
-    """(B, n, L) log-probabilities of these Semantic IDs, with gradient: what teacher forcing in a tree gives.
+    """Log-probabilities (B, n, L) of these Semantic IDs, with gradient: as teacher forcing in a tree gives.
 
     Known tokens need not wait for each other: all levels are run as one sequence of n * (L - 1) tokens.
     """
@@ -334,12 +309,38 @@ def sequence_logp(policy, prompt, tokens):
     if L == 1:
         return first
     depth = L - 1  # the last token predicts nothing
-    ancestor_mask = torch.block_diag(*[prompt.mask.new_ones(depth, depth).tril()] * n).expand(B, -1, -1)
+    causal = prompt.mask.new_ones(depth, depth).tril()  # within a Semantic ID; none sees another
+    ancestor_mask = torch.block_diag(*[causal] * n).expand(B, -1, -1)
     attention_mask = torch.cat([prompt.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
     positions = prompt.mask.sum(1, keepdim=True) + torch.arange(depth, device=tokens.device).repeat(n)
-    logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, prompt.layers)
+    logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, prompt.kv_cache)
     others = logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:][..., None])[..., 0]
     return torch.cat([first, others], -1)
+
+
+# -- supervised training, which makes the base policy --------------------------------------------------------
+
+
+def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
+    """Minimise the mean NLL of the next item (eq. 2), nothing else.
+
+    restore(optimizer, generators, phase) puts both back to where a run was stopped, and returns that step.
+    on_step(step, optimizer, generators, phase) is called after each step, to evaluate and to save.
+    """
+    B = cfg.sft_batch_size
+    optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
+    order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
+    for step in progress(range(restore(optimizer, {}, "sft"), cfg.sft_steps), "sft"):
+        batch, terms = prompts.rows(order[step]), []
+        for part in local_micro_batches(B, cfg.micro_batch_size):  # slices: what a process runs at once
+            _, target_logp = prefill(policy, batch.history[part], batch.target[part])
+            nll = core.nll_loss(target_logp)
+            (nll.sum() / B * world_size()).backward()  # DDP averages over processes
+            terms.append(nll.detach())
+        nll = all_gather(terms)
+        norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
+        log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
+        on_step(step + 1, optimizer, {}, "sft")
 
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
@@ -382,20 +383,17 @@ def rollout(policy, batch, parts, K, generator):
     pieces = []
     for part in parts:
         with torch.set_grad_enabled(len(parts) == 1):
-            prefilled = prompt, target_logp = prefill_with_target(policy, batch.rows(part))
+            prompt, target_logp = prefill(policy, batch.history[part], batch.target[part])
         with torch.no_grad():  # most are not admitted; the update builds a graph for those that are
-            tokens, logp = tree_decode(policy, prompt, sample(uniform[:, part], policy.constraint))
+            select = constrained(sample(uniform[:, part]), policy.constraint)
+            tokens, logp = tree_decode(policy, prompt, select)
         pieces.append((tokens, logp, target_logp.detach()))
-    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
-    return tokens, logp, target_logp, [prefilled] if len(parts) == 1 else []
+    ready = [(prompt, target_logp)] if len(parts) == 1 else []
+    return *map(all_gather, zip(*pieces, strict=True)), ready
 
 
 def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
-
-    restore(optimizer, generators, name) puts both back to where a run was stopped, and returns that step.
-    on_step(step, optimizer, generators, name) is called after each step, to evaluate and to save.
-    """
+    """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n)."""
     method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
     lr = cfg.lr if method.supervised else cfg.grpo_lr
     optimizer = Optimizer(policy.model, lr, cfg.rl_steps * cfg.updates)
@@ -403,7 +401,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
     generators = {use: make_generator(cfg.seed, use, cfg.device) for use in uses}
     # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
     order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, "order")).to(cfg.device)
-    parts = local_micro_batches(B, cfg.micro_batch_size)  # slices of a batch: what a process runs at once
+    parts = local_micro_batches(B, cfg.micro_batch_size)
 
     for step in progress(range(restore(optimizer, generators, name), cfg.rl_steps), name):
         batch, ready, admitted_rows = prompts.rows(order[step]), [], [[] for _ in parts]
@@ -422,14 +420,14 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
 
             # -- judge: is it difficult for the policy (eq. 7), can the ranker tell (eq. 9)? -----------------
             target_mean = core.length_normalized(target_logp)  # (B,)
-            # A rollout that repeats the truth is as likely as the truth, but two passes round differently.
+            # A rollout that repeats the truth has to tie with it, and two passes may round differently.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.gate())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = [admitted[part].nonzero()[:, 0] + part.start for part in parts]
+            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             watched = stats | {"reward of an item": scored}
 
@@ -437,19 +435,19 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                prompt, target_logp = ready.pop() if ready else prefill_with_target(policy, batch.rows(part))
+                prompt, target_logp = ready.pop() if ready else prefill(
+                    policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
                 loss = method.supervised * nll.sum() / B  # pure GRPO: 0, but DDP needs every backward
                 if len(rows):  # only they need a graph through their rollouts, often one in ten
-                    in_part, old = rows - part.start, old_logp[rows]
-                    prompt = prompt if len(rows) == len(nll) else prompt.rows(in_part)
-                    logp = sequence_logp(policy, prompt, rollouts[rows])
-                    surrogate = core.grpo_loss(logp, old, advantages[rows], epsilon=cfg.epsilon)  # eq. 4
+                    prompt = prompt if len(rows) == len(nll) else prompt.rows(rows)
+                    tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
+                    logp = sequence_logp(policy, prompt, tokens)
+                    surrogate = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
-                    grpo[in_part] = surrogate.detach()
-                    ratio[in_part] = (logp.detach() - old).exp().mean((1, 2))
-                (loss * world_size()).backward()  # DDP averages over processes
+                    grpo[rows], ratio[rows] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
+                (loss * world_size()).backward()
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
@@ -461,51 +459,34 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
         on_step(step + 1, optimizer, generators, name)
 
 
-# -- supervised training, which makes the base policy, and evaluation ----------------------------------------
-
-
-def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Minimise the mean NLL of the next item (eq. 2), nothing else. `restore`, `on_step`: see `train_rl`."""
-    B = cfg.sft_batch_size
-    optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
-    order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
-    for step in progress(range(restore(optimizer, {}, "sft"), cfg.sft_steps), "sft"):
-        batch, terms = prompts.rows(order[step]), []
-        for part in local_micro_batches(B, cfg.micro_batch_size):
-            nll = core.nll_loss(prefill_with_target(policy, batch.rows(part))[1])
-            (nll.sum() / B * world_size()).backward()
-            terms.append(nll.detach())
-        nll = all_gather(terms)
-        norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
-        log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
-        on_step(step + 1, optimizer, {}, "sft")
+# -- evaluation ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
     """Beam search on every prompt. Returns the metrics, and per prompt their terms and its beams."""
     n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
+    search = constrained(beam(cfg.beam_width), policy.constraint, distinct=True)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for rows in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
         rows = torch.arange(rows.start, rows.stop, device=cfg.device).clamp(max=n - 1)  # repeats, cut below
         part = prompts.rows(rows)
-        prompt = prefill(policy, part.history)
-        beams, logp = tree_decode(policy, prompt, beam(cfg.beam_width, policy.constraint))
+        prompt, _ = prefill(policy, part.history)
+        beams, logp = tree_decode(policy, prompt, search)
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
-        samples, _ = tree_decode(policy, prompt, sample(uniform[:, rows], policy.constraint))
+        samples, _ = tree_decode(policy, prompt, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        valid, hit = item >= 0, item == part.target[:, None]
-        place = valid.cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
-        found = place.gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
-        found = torch.where(hit.any(1), found, 10**9)  # beyond every cutoff where the beams missed it
+        place = (item >= 0).cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
+        hit = item == part.target[:, None]
+        found = torch.where(hit, place, 10**9).amin(1)  # beyond every cutoff where the beams missed it
         each = {f"hr@{k}": found <= k for k in cutoffs}
         if 10 in cutoffs:
             each["ndcg@10"] = torch.where(found <= 10, 1 / torch.log2(1.0 + found), 0.0)
         for head, p in ranker.probabilities(part.history, item).items():
             each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
-        each["hallucination"] = 1 - valid.float().mean(1)
+        each["hallucination"] = 1 - (item >= 0).float().mean(1)
         each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
         pieces.append({k: x.float() for k, x in each.items()} | dict(rank=found, item=item,
                                                                  logp=logp.mean(-1)))
@@ -558,6 +539,25 @@ class Catalogue:
         first, end = torch.searchsorted(pairs, node * self.S), torch.searchsorted(pairs, (node + 1) * self.S)
         place = first + torch.arange(self.fan_out[level], device=node.device)
         return pairs[place.clamp(max=len(pairs) - 1)] % self.S, place < end
+
+
+def constrained(select, catalogue, distinct=False):
+    """`--constrained`: the same choice among words with which some item goes on; None leaves it as it is.
+
+    The tree still notes the free softmax's likelihoods, which D and the ratio compare. Branches that have to
+    be distinct, as beams, can be no more than there are prefixes of items.
+    """
+
+    def among_items(prefix, logp, total):
+        words, valid = catalogue.continuations(prefix)  # (B, m, C)
+        logp = logp.gather(-1, words).masked_fill(~valid, -torch.inf)
+        norm = logp.logsumexp(-1)  # (B, m); without it, exp() of all that are allowed could be 0
+        parent, place = select(prefix, logp - norm[..., None], total + norm)
+        row = torch.arange(len(words), device=words.device)[:, None]
+        most = len(catalogue.pairs[prefix.shape[-1]]) if distinct else None  # beyond them, beams are padding
+        return parent[:, :most], words[row, parent, place][:, :most]
+
+    return among_items if catalogue else select
 
 
 class Prompts(NamedTuple):
@@ -990,7 +990,8 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     by_ranker = torch.cat([sum(named(reward(part.history, x)).values()) for part, x in parts])
     by_ranker = by_ranker.gather(1, first)
     by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
-    target_logp = core.length_normalized(torch.cat([prefill_with_target(policy, x)[1] for x, _ in parts]))
+    target_logp = torch.cat([prefill(policy, x.history, x.target)[1] for x, _ in parts])
+    target_logp = core.length_normalized(target_logp)
     logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
 
     llm_rank, hard = core.policy_rank(target_logp, logp), core.difficulty(target_logp, logp, tau=cfg.tau)
@@ -1121,7 +1122,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
-        prompt, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
+        prompt, tokens = prefill(policy, history.to(cfg.device))[0], tokens[item].to(cfg.device)
         tree = tree_decode(policy, prompt, teacher_forcing(tokens))[1]
         found = torch.stack([tree, sequence_logp(policy, prompt, tokens)])[:, :, :2].cpu()
     error = ((found - expected).abs().max() / plain.std()).item()

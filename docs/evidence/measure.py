@@ -310,7 +310,7 @@ def truth_logp(setup, batch=500):
     parts = []
     for rows in torch.arange(len(setup.test.target)).split(batch):
         part = setup.test.rows(rows)
-        parts.append(core.length_normalized(nano.prefill_with_target(setup.policy, part)[1]))
+        parts.append(core.length_normalized(nano.prefill(setup.policy, part.history, part.target)[1]))
     return torch.cat(parts).numpy()
 
 
@@ -327,7 +327,7 @@ def influence_rows(setup, prompts, width, batch=100):
     parts = []
     for rows in torch.arange(len(prompts.target) // B * B).split(B):  # whole batches: negatives need company
         part = prompts.rows(rows)
-        prompt, target_logp = nano.prefill_with_target(setup.policy, part)
+        prompt, target_logp = nano.prefill(setup.policy, part.history, part.target)
         beams, beam_logp = nano.tree_decode(setup.policy, prompt, nano.beam(width))
         item, logp = catalogue.item(beams), core.length_normalized(beam_logp)  # (B, W)
         W = item.shape[1]

@@ -59,7 +59,7 @@ def roll_out(setup):
     prompts = setup.data.valid
     for rows in torch.arange(len(prompts.target) // B * B).split(B):
         batch = prompts.rows(rows)
-        prompt, target_logp = nano.prefill_with_target(setup.policy, batch)
+        prompt, target_logp = nano.prefill(setup.policy, batch.history, batch.target)
         rollouts, rollout_logp = nano.tree_decode(setup.policy, prompt, sampled(catalogue.L, B, ROLLOUTS, generator))
         item = catalogue.item(rollouts)
         keys = torch.rand(B, B * ROLLOUTS, generator=generator)
@@ -138,7 +138,7 @@ def pulls(setup, batches=40):
     prompts = setup.data.valid
     for rows in torch.arange(len(prompts.target) // cfg.batch_size * cfg.batch_size).split(cfg.batch_size)[:batches]:
         batch = prompts.rows(rows)
-        B, (prompt, target_logp) = len(rows), nano.prefill_with_target(policy, batch)
+        B, (prompt, target_logp) = len(rows), nano.prefill(policy, batch.history, batch.target)
         rollouts, logp = nano.tree_decode(policy, prompt, sampled(catalogue.L, B, K, generator))
         item = catalogue.item(rollouts)
         keys = torch.rand(B, B * K, generator=generator)

@@ -125,7 +125,7 @@ def faults(policy, folder):
     for rows in nano.tables_of(new):  # among rows nearly alike a fault could go unnoticed
         rows.data += 0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
     tokens = torch.randint(policy.query + 1, (4, 5, 3), generator=torch.Generator().manual_seed(2))
-    prompt = nano.prefill(policy, HISTORIES)
+    prompt = nano.prefill(policy, HISTORIES)[0]
     plain = torch.stack([plain_logp(policy, h, t) for h, t in zip(HISTORIES, tokens, strict=True)])
     forced = nano.tree_decode(policy, prompt, nano.teacher_forcing(tokens))[1]
     for tree in forced, nano.sequence_logp(policy, prompt, tokens):
@@ -162,7 +162,7 @@ def numbers(folder, names):
 with families.torch.no_grad():
     for name in sys.argv[2:]:
         policy = families.load(sys.argv[1] + "/" + name + "/model")
-        tensors = *policy.model.state_dict().values(), families.nano.prefill(policy, families.HISTORIES).logp
+        tensors = *policy.model.state_dict().values(), families.nano.prefill(policy, families.HISTORIES)[0].logp
         print("numbers", name, hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest())"""
     done = subprocess.run([sys.executable, "-c", code, folder, *names], check=True, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})

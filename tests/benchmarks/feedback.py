@@ -58,7 +58,8 @@ def constrained(items, codes, B=64, width=50, turns=5):
 
     @torch.no_grad()
     def search(allowed):
-        return nano.tree_decode(policy, nano.prefill(policy, history), nano.beam(width, allowed))[0]
+        select = nano.constrained(nano.beam(width), allowed, distinct=True)
+        return nano.tree_decode(policy, nano.prefill(policy, history)[0], select)[0]
 
     assert (catalogue.item(search(catalogue)) >= 0).all()
     times = [[cpu(lambda x=x: search(x))[0] for x in (None, catalogue)] for _ in range(turns)]

@@ -72,7 +72,7 @@ def gradients(policy, value):
 
 
 def forced(policy, tokens):
-    return nano.tree_decode(policy, nano.prefill(policy, HISTORIES), nano.teacher_forcing(tokens))[1]
+    return nano.tree_decode(policy, nano.prefill(policy, HISTORIES)[0], nano.teacher_forcing(tokens))[1]
 
 
 def edit(folder, change):
@@ -124,7 +124,7 @@ def test_saved_and_loaded_again_a_policy_is_the_same_to_the_bit(saved):
     assert before.keys() == state(again).keys() == plain.state_dict().keys()
     for name, x in before.items():
         assert torch.equal(x, again.model.state_dict()[name]) and torch.equal(x, plain.state_dict()[name]), name
-    assert torch.equal(nano.prefill(policy, HISTORIES).logp, nano.prefill(again, HISTORIES).logp)
+    assert torch.equal(nano.prefill(policy, HISTORIES)[0].logp, nano.prefill(again, HISTORIES)[0].logp)
     assert again.start == policy.start and again.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
 
 
@@ -136,7 +136,7 @@ def test_generate_with_nothing_set_gives_the_scripts_beams_and_likelihoods(saved
     given, W = tokenizer(TEXTS, padding=True, return_tensors="pt"), 12
     out = model.generate(**given, num_beams=W, num_return_sequences=W, length_penalty=0.0,
                          return_dict_in_generate=True, output_scores=True)
-    beams, logp = nano.tree_decode(policy, nano.prefill(policy, HISTORIES), nano.beam(W))
+    beams, logp = nano.tree_decode(policy, nano.prefill(policy, HISTORIES)[0], nano.beam(W))
     T = given["input_ids"].shape[1]
     assert out.sequences.shape == (4 * W, T + 3)
     assert torch.equal(out.sequences[:, T:].view(4, W, 3), beams)
@@ -261,7 +261,7 @@ def test_no_row_is_kept_from_learning_as_that_of_a_padding_token(tmp_path):
     load(folder).save(tmp_path / "policy")
     everything = torch.arange(6).expand(2, 6)  # in a history; every word but the special ones
     for policy in load(folder), load(tmp_path / "policy"):
-        logp = nano.prefill(policy, everything).logp
+        logp = nano.prefill(policy, everything)[0].logp
         for rows in nano.tables_of(policy.model):
             assert torch.autograd.grad(logp[0, 0, 0], rows, retain_graph=True)[0].abs().amax(1).min() > 0
         assert policy.model.config.pad_token_id is None and policy.model.config.eos_token_id is None
@@ -425,7 +425,7 @@ def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_i
         catalogue = nano.load_data("shop", c).catalogue
         policy = nano.Policy(names["model"], catalogue, c, names["tokenizer"])
         bought = [catalogue.row[tuple(sid)] for sid in (["<a_0>", "<b_0>", "<c_1>"], ["<a_1>", "<b_1>", "<c_1>"])]
-        beams, logp = nano.tree_decode(policy, nano.prefill(policy, torch.tensor([bought])), nano.beam(5))
+        beams, logp = nano.tree_decode(policy, nano.prefill(policy, torch.tensor([bought]))[0], nano.beam(5))
         spelt = [[[*catalogue.words, "<next>", "<start>"][token] for token in beam] for beam in beams[0].tolist()]
         assert names["found"] == spelt and logp[0].sum(-1).std() > 0.05
         assert any(names["items"]) and {type(item) for items in names["items"] for item in items} == {str}
