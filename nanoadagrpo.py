@@ -3,29 +3,30 @@
 
 A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
 coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
-was shown and clicked makes errors that nobody sees. AdaGRPO supervises every prompt, and adds the policy
-gradient only where the policy ranks the true item low (D) and the ranker ranks it high, negatives low (R).
+was shown and clicked is wrong in places that its scores do not tell. AdaGRPO supervises every prompt; the
+policy gradient it adds only where the policy ranks the true item low (D) and the ranker ranks it high and
+negatives low (R).
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
     python nanoadagrpo.py --data DIR                # your data: MiniOneRec's layout or JSONL (docs/data.md)
     python nanoadagrpo.py --data DIR --model MODEL  # start from a Hugging Face model (docs/models.md)
 
-`adagrpo_core` has the formulas, by the paper's numbers (eq. 1 to 10). Part I is the method; Part II the shop:
-data, toy world, ranker, models; Part III the workshop: processes, checkpoints, report, command line.
+`adagrpo_core` has the formulas, by the paper's equation numbers (1 to 10). Part I is the method; Part II the
+shop: data, toy world, ranker, models; Part III the workshop: processes, checkpoints, report, command line.
 
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-9 of the toy.
  3. Rollouts are sampled from the policy being trained, one update per rollout: the ratio of eq. 4 is 1.
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
- 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. What is no item is a
-    hallucination. With `--constrained`, samples and beams follow the catalogue; likelihoods do not.
+ 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. Tokens that name no item
+    are a hallucination. With `--constrained`, samples and beams are items; likelihoods stay as they are.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
  6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (`--ties`).
  7. HR ranks the valid beams only, as a server would, having dropped the others. ClkRwd@k and OrdRwd@k are the
-    best score within the first k, since the paper's values grow with k, which those of a mean would not.
- 8. Pure GRPO has a learning rate of its own: lambda scales its whole loss, and Adam ignores the scale.
+    best score within the first k: the paper's values grow with k, and a mean would not.
+ 8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
  9. Two controls are added: NLL alone, continued, and a random gate that admits as many as AdaGRPO would.
 """
 
@@ -57,7 +58,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     print("nanoadagrpo: loading torch and transformers", flush=True)
 
 import numpy as np
@@ -80,6 +81,7 @@ import adagrpo_core as core
 # policy knows, N items. An item is a row of the catalogue; -1 is none: left padding, or a hallucination.
 
 
+# The flags of the command line: at first reading, go on to the policy.
 def option(default, help, low=0, high=None, choices="", group=""):
     high = high or (10**6 if isinstance(default, int) else 1e38)
     metadata = dict(help=help, range=(low, high), choices=choices.split(), group=group)
@@ -88,8 +90,6 @@ def option(default, help, low=0, high=None, choices="", group=""):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The flags of the command line; at first reading, go on to the policy."""
-
     toy: bool = option(False, "train in a made-up shop: no data needed", group="what to train")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
     model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
@@ -164,7 +164,7 @@ class Policy:
         self.catalogue, self.tokenizer = catalogue, tokenizer
         self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
-        accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the cache
+        accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the argument
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
         on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
@@ -191,12 +191,12 @@ class Policy:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                            logits_to_keep=keep, **{self.cache_name: cache}).logits
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # not in half
         return logp, [(layer.keys, layer.values) for layer in cache.layers]
 
     def save(self, folder):
         """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
-        Path(folder).mkdir(parents=True, exist_ok=True)  # a file in its place would be passed over
+        Path(folder).mkdir(parents=True, exist_ok=True)  # fails if a file is there; the next would not
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -362,13 +362,13 @@ def random_gate(difficult, reliable, batch, generator):
 
 
 METHODS = {
-    "nll": Method(True, None),  # a control that the paper lacks, as it does the last
+    "nll": Method(True, None),  # control, not in the paper
     "grpo": Method(False, admit_all),
     "grpo+nll": Method(True, admit_all),
     "adagrpo-d": Method(True, lambda difficult, reliable, *_: difficult),
     "adagrpo-r": Method(True, lambda difficult, reliable, *_: reliable),
     "adagrpo": Method(True, lambda difficult, reliable, *_: core.sample_clip(difficult, reliable)),
-    "random-gate": Method(True, random_gate),
+    "random-gate": Method(True, random_gate),  # control, not in the paper
 }
 
 
