@@ -3,9 +3,9 @@
 
 A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
 coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
-was shown and clicked is wrong in places that its scores do not tell. AdaGRPO supervises every prompt; the
-policy gradient it adds only where the policy ranks the true item low (D) and the ranker ranks it high and
-negatives low (R).
+was shown and clicked is sometimes wrong, and its scores do not say where. AdaGRPO trains every prompt with
+the true next item, and adds the policy gradient only where two things hold: the policy ranks the true item
+low (D); the ranker ranks it high, and other prompts' rollouts, the negatives, low (R).
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
@@ -18,12 +18,12 @@ shop: data, toy world, ranker, models; Part III the workshop: processes, checkpo
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-9 of the toy.
- 3. Rollouts are sampled from the policy being trained, one update per rollout: the ratio of eq. 4 is 1.
+ 3. Rollouts are sampled from the policy being trained, one update per rollout: eq. 4's ratio is 1 (rounded).
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. Tokens that name no item
-    are a hallucination. With `--constrained`, samples and beams are items; likelihoods stay as they are.
+    are a hallucination. `--constrained`: only items are sampled and searched; likelihoods stay as they are.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
- 6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (`--ties`).
+ 6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (R: `--ties`).
  7. HR ranks the valid beams only, as a server would, having dropped the others. ClkRwd@k and OrdRwd@k are the
     best score within the first k: the paper's values grow with k, and a mean would not.
  8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
@@ -58,7 +58,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then, Ctrl-C ends without a traceback
     print("nanoadagrpo: loading torch and transformers", flush=True)
 
 import numpy as np
@@ -76,9 +76,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 import adagrpo_core as core
 
 # == Part I: the method ======================================================================================
-# Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a history,
-# T tokens of a prompt, n branches of a tree (m before a level), S SID tokens of all levels, V tokens that the
-# policy knows, N items. An item is a row of the catalogue; -1 is none: left padding, or a hallucination.
+# Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a
+# history, T tokens of a prompt, n branches of a tree (m before a level), W beams, S SID tokens of all
+# levels, V tokens that the policy knows, N items. An item is a row of the catalogue; -1 is none: left
+# padding, or a hallucination.
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -133,7 +134,7 @@ class Settings:
     def __post_init__(self):
         check_settings(self)
 
-    def gate(self):  # arguments of core.reliability
+    def tau_rho_ties(self):
         return dict(tau=self.tau, rho=self.rho, ties=self.ties)
 
 
@@ -141,7 +142,7 @@ class Settings:
 
 
 class PromptCache(NamedTuple):
-    """Prompts that were run once: where trees and the scoring of given tokens start."""
+    """Prompts that were run once; `tree_decode` and `sequence_logp` continue them."""
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
@@ -162,7 +163,7 @@ class Policy:
     def __init__(self, model, catalogue, cfg, tokenizer=None):
         self.model = model.to(cfg.device).eval()  # also in training: with dropout, two passes would disagree
         self.catalogue, self.tokenizer = catalogue, tokenizer
-        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id
+        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # S + 1, or None
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
         accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the argument
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
@@ -170,24 +171,23 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
 
     @functools.cached_property
-    def data_parallel_model(self):  # for passes with a gradient
+    def data_parallel_model(self):  # made at the first pass with a gradient, which DDP is for
         return data_parallel(self.model)
 
     def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
-        Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens alone unless
-        that is 0, and the KV cache, longer by n. Every pass goes through the model's own forward, here.
+        Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens (0: all), and
+        the KV cache, longer by n. Every pass goes through here, and through the model's own forward.
         """
-        # Products in bfloat16, weights in float32: bfloat16 weights would round small updates away.
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # Added to the attention scores. Finite, also where the softmax runs in float32: padding sees nothing,
-        # and the softmax of -inf alone is NaN.
+        # The mask is added to the attention scores. Its lowest number is finite, in float32 too: padding sees
+        # nothing, and the softmax of -inf alone is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-        mask = torch.zeros(attention_mask.shape, dtype=dtype, device=tokens.device)
-        mask = mask.masked_fill(~attention_mask, blocked)[:, None]
+        mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
         cache = DynamicCache(kv_cache)  # shares the tensors, so that one prompt can be continued many times
         model = self.data_parallel_model if torch.is_grad_enabled() else self.model
+        # Only products are in bfloat16: bfloat16 weights would round small updates away.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                            logits_to_keep=keep, **{self.cache_name: cache}).logits
@@ -202,10 +202,10 @@ class Policy:
 
 
 def prefill(policy, history, target=None):
-    """Run (B, H) histories once -> PromptCache, and log-probabilities (B, L) of items `target` (B,) if given.
+    """Run (B, H) histories once -> PromptCache, and log-probabilities (B, L) of items `target` (B,), or None.
 
-    One pass over prompt and truth gives both: with causal attention the truth changes nothing before it, so
-    it is cut off the cache again. Its last token is left out, since nothing has to be predicted after it.
+    One pass over prompt and truth gives both: attention is causal, so the truth changes nothing before it and
+    is cut off the cache again. Its last token predicts nothing and is not run.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
@@ -213,21 +213,21 @@ def prefill(policy, history, target=None):
     tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
     if policy.start is not None:
         tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
-    T = mask.shape[1]
+    T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next
     if target is not None:
         target = policy.catalogue.tokens[target]  # (B, L)
-        tokens = torch.cat([tokens, target[:, :-1]], 1)
-        mask = F.pad(mask, (0, target.shape[1] - 1), value=True)
+        tokens, keep = torch.cat([tokens, target[:, :-1]], 1), target.shape[1]
+        mask = F.pad(mask, (0, keep - 1), value=True)
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
-    logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=mask.shape[1] - T + 1)
+    logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
     prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], logp[:, :1])
     return prompt, None if target is None else logp.gather(-1, target[..., None])[..., 0]
 
 
-# A tree grows level by level. At each, select(prefix, logp, total) gets the tokens of m branches so far
+# A tree grows level by level, as select(prefix, logp, total) decides: it gets the tokens of m branches so far
 # (B, m, level), log-probabilities of what may follow (B, m, V), and those of the branches, summed (B, m). It
-# answers, for each of n new branches, which old one it continues and by which token: two tensors (B, n).
+# returns, for each of n new branches, which old one it continues and by which token: two tensors (B, n).
 
 
 def unbranched(prefix, n):
@@ -270,13 +270,13 @@ def beam(width):
 def tree_decode(policy, prompt, select):
     """Grow a tree on each prompt; sampling, beam search and teacher forcing differ in `select` alone.
 
-    Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), which carry gradient.
+    Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
 
     The m branches of a level are run as ONE sequence of m tokens, under an attention mask that shows each of
-    them the prompt, its ancestors and itself: so the prompt is never repeated. Two branches of level 1 that
-    continue the first of two of level 0 see, of prompt | level 0 | level 1:
+    them the prompt, its ancestors and itself: so the prompt is never repeated. If level 0 has two branches
+    and both of level 1 continue the first, these see of prompt | level 0 | level 1:
 
-        1 1 1 | 1 0 | 1 0        Where branches change parents, rows of the mask are
+        1 1 1 | 1 0 | 1 0        When branches change parents, the rows of the mask are
         1 1 1 | 1 0 | 0 1        reordered; the KV cache stays as it is.
     """
     kv_cache, logp = prompt.kv_cache, prompt.logp  # (B, 1, V): the only branch is the prompt
@@ -285,7 +285,7 @@ def tree_decode(policy, prompt, select):
     ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch may see
     row = torch.arange(B, device=logp.device)[:, None]  # x[row, parent]: of each new branch's parent
     for level in range(policy.catalogue.L):
-        if level:  # run the last token of each branch; what follows the prompt is known
+        if level:  # run the last token of each branch; what follows the prompt is known from it
             m = tokens.shape[1]
             itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
             ancestor_mask = torch.cat([ancestor_mask, itself], -1)
@@ -308,7 +308,7 @@ def sequence_logp(policy, prompt, tokens):
     first = prompt.logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
     if L == 1:
         return first
-    depth = L - 1  # the last token predicts nothing
+    depth = L - 1  # tokens that are run; the last one predicts nothing
     causal = prompt.mask.new_ones(depth, depth).tril()  # within a Semantic ID; none sees another
     ancestor_mask = torch.block_diag(*[causal] * n).expand(B, -1, -1)
     attention_mask = torch.cat([prompt.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
@@ -324,20 +324,20 @@ def sequence_logp(policy, prompt, tokens):
 def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Minimise the mean NLL of the next item (eq. 2), nothing else.
 
-    restore(optimizer, generators, phase) puts both back to where a run was stopped, and returns that step.
-    on_step(step, optimizer, generators, phase) is called after each step, to evaluate and to save.
+    restore(optimizer, generators, phase) sets both back to where a run was stopped; returns the step to go on
+    from. on_step(step, optimizer, generators, phase) is called after each step, to evaluate and to save.
     """
     B = cfg.sft_batch_size
     optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
     order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
     for step in progress(range(restore(optimizer, {}, "sft"), cfg.sft_steps), "sft"):
-        batch, terms = prompts.rows(order[step]), []
-        for part in local_micro_batches(B, cfg.micro_batch_size):  # slices: what a process runs at once
+        batch, nlls = prompts.rows(order[step]), []
+        for part in local_micro_batches(B, cfg.micro_batch_size):  # row slices of this process
             _, target_logp = prefill(policy, batch.history[part], batch.target[part])
             nll = core.nll_loss(target_logp)
             (nll.sum() / B * world_size()).backward()  # DDP averages over processes
-            terms.append(nll.detach())
-        nll = all_gather(terms)
+            nlls.append(nll.detach())
+        nll = all_gather(nlls)
         norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
         log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
         on_step(step + 1, optimizer, {}, "sft")
@@ -373,10 +373,10 @@ METHODS = {
 
 
 def rollout(policy, batch, parts, K, generator):
-    """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
+    """Sample K Semantic IDs for each prompt of the batch; this process runs the row slices `parts` of it.
 
     Returns tokens and log-probabilities (B, K, L) of the rollouts, log-probabilities (B, L) of the truth, and
-    the prefill with its graph, so that the update need not run the prompts again (one micro-batch only).
+    a list: of a single micro-batch its prefill, with graph, for the update to use; of several none.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
@@ -384,16 +384,19 @@ def rollout(policy, batch, parts, K, generator):
     for part in parts:
         with torch.set_grad_enabled(len(parts) == 1):
             prompt, target_logp = prefill(policy, batch.history[part], batch.target[part])
-        with torch.no_grad():  # most are not admitted; the update builds a graph for those that are
-            select = constrained(sample(uniform[:, part]), policy.constraint)
+        with torch.no_grad():  # the update builds a graph for those that are admitted, often one in ten
+            select = constrained(sample(uniform[:, part]), policy.constraint)  # among items, if asked for
             tokens, logp = tree_decode(policy, prompt, select)
         pieces.append((tokens, logp, target_logp.detach()))
-    ready = [(prompt, target_logp)] if len(parts) == 1 else []
-    return *map(all_gather, zip(*pieces, strict=True)), ready
+    rollouts, old_logp, all_target_logp = map(all_gather, zip(*pieces, strict=True))
+    return rollouts, old_logp, all_target_logp, [(prompt, target_logp)] if len(parts) == 1 else []
 
 
 def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n)."""
+    """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
+
+    log(**numbers) is called once per step. `restore`, `on_step`: as for `train_sft`.
+    """
     method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
     lr = cfg.lr if method.supervised else cfg.grpo_lr
     optimizer = Optimizer(policy.model, lr, cfg.rl_steps * cfg.updates)
@@ -404,11 +407,12 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
     parts = local_micro_batches(B, cfg.micro_batch_size)
 
     for step in progress(range(restore(optimizer, generators, name), cfg.rl_steps), name):
-        batch, ready, admitted_rows = prompts.rows(order[step]), [], [[] for _ in parts]
-        watched, stats = {}, {}  # what has to be finite before a weight moves; what is logged
+        batch, prefilled, admitted_rows = prompts.rows(order[step]), [], [()] * len(parts)
+        must_be_finite, stats = {}, {}  # checked before a weight moves; logged
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
-            rollouts, old_logp, target_logp, ready = rollout(policy, batch, parts, K, generators["rollouts"])
+            generator = generators["rollouts"]
+            rollouts, old_logp, target_logp, prefilled = rollout(policy, batch, parts, K, generator)
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -424,23 +428,23 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
-            reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.gate())
+            reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            watched = stats | {"reward of an item": scored}
+            must_be_finite = stats | {"reward of an item": scored}
 
         # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                prompt, target_logp = ready.pop() if ready else prefill(
+                prompt, target_logp = prefilled.pop() if prefilled else prefill(
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                loss = method.supervised * nll.sum() / B  # pure GRPO: 0, but DDP needs every backward
-                if len(rows):  # only they need a graph through their rollouts, often one in ten
+                loss = method.supervised * nll.sum() / B  # 0 in pure GRPO
+                if len(rows):  # only their rollouts are run again, now with a graph
                     prompt = prompt if len(rows) == len(nll) else prompt.rows(rows)
                     tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
                     logp = sequence_logp(policy, prompt, tokens)
@@ -450,7 +454,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
                 (loss * world_size()).backward()
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **must_be_finite, nll=nll, grpo=grpo)
 
         if method.admit:
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
@@ -464,34 +468,35 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
 
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
-    """Beam search on every prompt. Returns the metrics, and per prompt their terms and its beams."""
+    """Beam search on every prompt, and 8 samples. Returns the metrics; and for each prompt their terms, its
+    beams (`item`, `logp`) and the truth's place among them (`rank`)."""
     n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     search = constrained(beam(cfg.beam_width), policy.constraint, distinct=True)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
-    for rows in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        rows = torch.arange(rows.start, rows.stop, device=cfg.device).clamp(max=n - 1)  # repeats, cut below
-        part = prompts.rows(rows)
-        prompt, _ = prefill(policy, part.history)
+    for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
+        rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)  # repeats, cut below
+        batch = prompts.rows(rows)
+        prompt, _ = prefill(policy, batch.history)
         beams, logp = tree_decode(policy, prompt, search)
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
         samples, _ = tree_decode(policy, prompt, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        place = (item >= 0).cumsum(1)  # among the valid beams, from 1; the ranker gives the others 0
-        hit = item == part.target[:, None]
+        place = (item >= 0).cumsum(1)  # among the valid beams, from 1
+        hit = item == batch.target[:, None]
         found = torch.where(hit, place, 10**9).amin(1)  # beyond every cutoff where the beams missed it
-        each = {f"hr@{k}": found <= k for k in cutoffs}
+        terms = {f"hr@{k}": found <= k for k in cutoffs}
         if 10 in cutoffs:
-            each["ndcg@10"] = torch.where(found <= 10, 1 / torch.log2(1.0 + found), 0.0)
-        for head, p in ranker.probabilities(part.history, item).items():
-            each |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
-        each["hallucination"] = 1 - (item >= 0).float().mean(1)
-        each["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
-        pieces.append({k: x.float() for k, x in each.items()} | dict(rank=found, item=item,
+            terms["ndcg@10"] = torch.where(found <= 10, 1 / torch.log2(1.0 + found), 0.0)
+        for head, p in ranker.probabilities(batch.history, item).items():  # 0 for what is no item
+            terms |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
+        terms["hallucination"] = 1 - (item >= 0).float().mean(1)
+        terms["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
+        pieces.append({k: x.float() for k, x in terms.items()} | dict(rank=found, item=item,
                                                                  logp=logp.mean(-1)))
     each = {key: all_gather([piece[key] for piece in pieces])[:n] for key in pieces[0]}
-    return {key: x.mean().item() for key, x in each.items() if key not in ("rank", "item", "logp")}, each
+    return {key: each[key].mean().item() for key in terms}, each
 
 
 # == Part II: the shop =======================================================================================
@@ -998,7 +1003,8 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     found = dict(prompts=n, beams=W)
     for who, x in ("ranker", by_ranker), ("chance", by_chance):
         x = x[:, W], x[:, :W], x[:, W + 1 :]
-        rm_rank, reliable = core.policy_rank(*x[:2], ties=cfg.ties), core.reliability(*x, **cfg.gate())
+        rm_rank = core.policy_rank(*x[:2], ties=cfg.ties)
+        reliable = core.reliability(*x, **cfg.tau_rho_ties())
         found[f"{who}/reliable"] = reliable.float().mean()
         strata = core.reward_influence(llm_rank, rm_rank, hard=hard, discriminable=reliable)
         for name, stratum in strata._asdict().items():
@@ -1363,7 +1369,7 @@ class Checkpoints:
 def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
     """What to look at when training goes wrong; docs/metrics.md defines each."""
     lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
-    prominent = core.reliability(target_reward, rewards, lowest, **cfg.gate())
+    prominent = core.reliability(target_reward, rewards, lowest, **cfg.tau_rho_ties())
     same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
     shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
                   not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
@@ -1633,7 +1639,7 @@ def check_settings(cfg):
                      f"--batch-size {B} --negatives {M}"):
         one = np.zeros((1, K))
         core.group_advantages(one)
-        core.reliability(one[:, 0], one, one[:, : min(M, 1)], **cfg.gate())
+        core.reliability(one[:, 0], one, one[:, : min(M, 1)], **cfg.tau_rho_ties())
         core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
         if M > (B - 1) * K:
             raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "

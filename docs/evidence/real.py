@@ -244,7 +244,7 @@ def section4(setup):
         for name, x in scores.items():
             for M in range(1, 5):
                 negative = x[:, K + 1 : K + 1 + M]
-                found[f"R {M} {name}"] = core.reliability(x[:, K], x[:, :K], negative, **cfg.gate())
+                found[f"R {M} {name}"] = core.reliability(x[:, K], x[:, :K], negative, **cfg.tau_rho_ties())
         parts.append(found)
     table = {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
     rates = {key: float(x.mean()) for key, x in table.items()}

@@ -110,7 +110,7 @@ def make_trainer(policy, ranker, data, cfg, out, seed, cls=AdaGRPOTrainer, **mor
     trainer = cls(
         model=policy.model, processing_class=policy.tokenizer, train_dataset=dataset(data.rl, data.catalogue),
         reward_funcs=reward_function(ranker, data.catalogue, cfg), args=args, negatives=cfg.negatives,
-        gate=dict(lam=cfg.lam, **cfg.gate()), **more)
+        gate=dict(lam=cfg.lam, **cfg.tau_rho_ties()), **more)
     trainer.eos_token_ids = [-1]  # no token ends a Semantic ID: all have L tokens
     if trainer.is_fsdp_enabled:  # or only shards would be saved
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
