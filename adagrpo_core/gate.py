@@ -17,8 +17,9 @@ def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = 
     rollout_logp : array, shape (B, K), real floating
         The same of the K rollouts.
     tau : float
-        Prominence fraction, a share of K (not of the pool's K+1). A third is the paper's default. Read as the nearest
-        fraction with a denominator up to a million, so that 0.29 of 100 is exactly 29.
+        Prominence fraction, a share of K (not of the pool's K+1). A third is the paper's default. Read as the fraction
+        that it rounds, so that 0.29 of 100 is exactly 29: the nearest one with a denominator up to 1000, or, if that
+        is not equal to it in float32, up to a million.
     ties : {"min", "max", "average"}
         See :func:`policy_rank`.
 

@@ -3,8 +3,10 @@
 
 from fractions import Fraction
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -140,6 +142,47 @@ def test_the_suppression_threshold_is_not_moved_by_binary_rounding(share):
 def test_the_last_prominent_rank_is_the_one_that_decimal_arithmetic_gives(tau, K, last):
     """0.29 * 100 is 28.999999999999996, 0.1 * 30 is 3.0000000000000004 and 1 - 0.71 is 0.29000000000000004."""
     assert difficulty(*every_rank(K), tau=tau).tolist().index(True) == last  # rank last + 1 is the first difficult one
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor, jnp.float32, lambda x: np.asarray(x, "f4")])
+@pytest.mark.parametrize("share", [Fraction(29, 100), Fraction(1, 3), Fraction(57, 100)], ids=str)
+def test_a_threshold_may_be_given_in_float32(kind, share):
+    """0.29 in float32 is 0.28999999165."""
+    for K in (100, 300):
+        target, rollouts = every_rank(K)
+        expected = [rank > share * K for rank in range(1, K + 2)]
+        assert difficulty(target, rollouts, tau=kind(float(share))).tolist() == expected
+        found = reliability(np.full(K + 1, INF), rollouts, target[:, None], rho=kind(float(share)))
+        assert found.tolist() == [rank + 1 > (1 - share) * K for rank in range(1, K + 2)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__)
+def test_every_fraction_with_a_denominator_up_to_1000_is_read_as_what_it_is(dtype):
+    random = np.random.default_rng(0)
+    for d in [*range(2, 60), *random.integers(60, 1001, 200).tolist(), 997, 998, 999, 1000]:
+        for n in {1, d - 1, *random.integers(1, d, 2).tolist()}:
+            K = int(random.integers(1, 5001))
+            K = K // d * d if d < K and K % 2 else K  # half of the time n / d of K is whole: there rounding decides
+            share = dtype(n / d)
+            if n * K >= d:
+                last = n * K // d
+                assert difficulty(*around(last, K), tau=share).tolist() == [False, True]
+            last = (d - n) * K // d - 1  # among the rollouts; the truth leads the pool, hence one rank more there
+            if last >= 1:
+                negative, rollouts = around(last, K)
+                found = reliability(np.full(2, INF), rollouts, negative[:, None], rho=share, tau=0.999)
+                assert found.tolist() == [False, True]
+
+
+def around(last, K):
+    """Truths (2,) and rollouts (2, K): those of rank last and last + 1."""
+    better = np.asarray([[last - 1], [last]])
+    return np.zeros(2), np.where(np.arange(K) < better, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("tau, last", [(0.3334, 1667), (0.1234, 617), (0.3332, 1666), (0.9998, 4999)])
+def test_a_share_of_more_digits_keeps_them(tau, last):
+    assert difficulty(*around(last, 5000), tau=tau).tolist() == [False, True]
 
 
 @every_backend
