@@ -5,7 +5,7 @@ and a traced array has none."""
 from fractions import Fraction
 from functools import lru_cache
 
-from ._compat import array_namespace
+from ._compat import array_namespace, is_traced, stop_gradient
 
 AXES = {"B": "prompts", "K": "rollouts per prompt", "M": "negatives", "L": "tokens", "L*": "tokens", "N": "rows"}
 REAL = "real floating"
@@ -94,22 +94,43 @@ def check_count(name, value):
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}; pass a Python int")
 
 
-def check_scalar(name, value):
-    """Refuse what is not one number. A traced scalar passes, so a schedule can be compiled in."""
-    if isinstance(value, int | float):  # asked first: a compiler's symbolic float is one, and has no attributes
-        return
-    if tuple(getattr(value, "shape", ())) != ():
-        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; pass one for all prompts")
-    if not hasattr(value, "__float__"):
-        raise ValueError(f"{name}: expected one number, got {_type(value)}; pass a Python float")
+def as_number(name, value, *, traced_too=False):
+    """The setting as a Python float, which changes no dtype and takes no gradient; refuse what is not one number.
+
+    Where ``traced_too``, a number that is traced, and so has no value yet, passes as it is.
+    """
+    if type(value) is float:  # asked first: the usual case, and a compiler's symbolic float, which has no attributes
+        return value
+    if not isinstance(value, int | float):
+        if tuple(getattr(value, "shape", ())) != ():
+            raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; pass one for all prompts")
+        if traced_too and hasattr(value, "__float__") and is_traced(value):
+            return value
+    try:
+        return _real(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as failure:
+        if traced_too and isinstance(failure, RuntimeError):  # torch.vmap over it: a value for each of the batch
+            return value
+    if is_traced(value):
+        remedy = "make it static, for jax.jit by static_argnames"
+        raise ValueError(f"{name}: expected a number that is known while tracing, got a traced one; {remedy}")
+    raise ValueError(f"{name}: expected one number that fits a float, got {_type(value)}; pass a Python float")
+
+
+def _real(value):
+    """The float of a number; NumPy would convert a string and a complex number too."""
+    if not hasattr(value, "__float__") or isinstance(value, str) or "complex" in str(getattr(value, "dtype", "")):
+        raise TypeError
+    return float(stop_gradient(value))
 
 
 def check_positive(name, value, *, zero_too=False):
-    """Refuse what is not a number above zero (NaN is not)."""
-    check_scalar(name, value)
+    """The number as a float; refuse what is not above zero (NaN is not)."""
+    value = as_number(name, value)
     if not (value > 0 or (zero_too and value == 0)):
         wanted = ">= 0" if zero_too else "> 0"
         raise ValueError(f"{name}: expected a number {wanted}, got {value!r}; pass one, such as the default")
+    return value
 
 
 def as_fraction(name, value):
@@ -117,8 +138,8 @@ def as_fraction(name, value):
 
     Binary rounding must not move a threshold: 0.29 * 100 is 28.999..., so rank 29 would fall on its wrong side.
     """
-    check_scalar(name, value)
-    fraction = _nearest_fraction(float(value)) if 0 < value < 1 else None
+    value = as_number(name, value)
+    fraction = _nearest_fraction(value) if 0 < value < 1 else None
     if fraction is None:
         raise ValueError(
             f"{name}: expected a fraction strictly between 0 and 1, got {value!r}; "

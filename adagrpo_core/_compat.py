@@ -2,6 +2,8 @@
 """The one seam to the array libraries. A project that vendors this folder changes this file, or puts its own
 ``_array_api_compat_vendor`` beside the folder, and nothing else."""
 
+import sys
+
 HOOK = f"{__package__.rpartition('.')[0]}._array_api_compat_vendor"
 try:
     from .._array_api_compat_vendor import array_namespace, device, is_jax_array, is_torch_array
@@ -14,7 +16,19 @@ except ImportError as absent:
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f'pip install "array-api-compat>=1.13", or vendor it as {HOOK}') from None
 
-__all__ = ["array_namespace", "device", "stop_gradient", "widen"]
+__all__ = ["array_namespace", "device", "is_traced", "stop_gradient", "widen"]
+
+
+def is_traced(x, /):
+    """Whether a number may have no value yet: it is one of JAX's tracers, or torch.compile is reading the program."""
+    torch = sys.modules.get("torch")  # if it is not imported yet, it is not compiling
+    if torch and torch.compiler.is_compiling():
+        return True
+    if not is_jax_array(x):
+        return False
+    from jax.core import Tracer  # here, so that importing the core imports no JAX
+
+    return isinstance(x, Tracer)
 
 
 def stop_gradient(x, /):

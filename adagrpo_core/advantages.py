@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Group-relative advantages (eq. 3), and the whole objective as advantages alone."""
 
-from ._checks import check_positive, check_scalar, check_shape, namespace
+from ._checks import as_number, check_positive, check_shape, namespace
 from ._compat import stop_gradient, widen
 
 
@@ -52,7 +52,7 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     xp = namespace({"rewards": rewards})
     sizes = {}
     check_shape(xp, "rewards", rewards, "B K", sizes)
-    check_positive("eps", eps, zero_too=True)
+    eps = check_positive("eps", eps, zero_too=True)
     check_positive("correction", correction, zero_too=True)
     if sizes["K"] <= correction:
         raise ValueError(
@@ -132,7 +132,7 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     sizes = {}
     check_shape(xp, "advantages", advantages, "B K", sizes)
     check_shape(xp, "clip", clip, "B", sizes, kind="bool")
-    check_scalar("lam", lam)
+    lam = as_number("lam", lam, traced_too=True)
     K = sizes["K"]
     wide = stop_gradient(widen(xp, advantages))
     rollouts = xp.where(clip[:, None], wide, 0.0) * (lam * ((K + 1) / K))

@@ -3,7 +3,7 @@
 
 from typing import Any, NamedTuple
 
-from ._checks import REAL, check_dtype, check_positive, check_same_shape, check_scalar, check_shape, namespace
+from ._checks import REAL, as_number, check_dtype, check_positive, check_same_shape, check_shape, namespace
 from ._compat import stop_gradient, widen
 from .advantages import group_advantages
 from .gate import difficulty, reliability, sample_clip
@@ -206,6 +206,8 @@ def grpo_loss(
     of 0 adds exactly 0 to both. Where the ratio decides it may overflow: a token that was bad and has become e^89 times
     as likely makes the loss of its own prompt infinite, in float32.
 
+    Settings are read while tracing, so they cannot be traced themselves: name them in ``jax.jit``'s static_argnames.
+
     References
     ----------
     arXiv 2606.08480, Section 3.3, eq. 4. Clip-higher: arXiv 2503.14476. The KL estimator: arXiv 2402.03300, eq. 4.
@@ -224,10 +226,9 @@ def grpo_loss(
     check_shape(xp, "token_logp", token_logp, "B K L", sizes)
     check_shape(xp, "old_token_logp", old_token_logp, "B K L", sizes)
     check_shape(xp, "advantages", advantages, "B K", sizes)
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    check_positive("epsilon", epsilon)
-    check_positive("epsilon_high", epsilon_high)
-    _check_reference(xp, ref_token_logp, beta, sizes)
+    epsilon = check_positive("epsilon", epsilon)
+    epsilon_high = epsilon if epsilon_high is None else check_positive("epsilon_high", epsilon_high)
+    beta = _check_reference(xp, ref_token_logp, beta, sizes)
     _check_mask(xp, "mask", mask, "token_logp", token_logp)
     logp, A, live = widen(xp, token_logp), stop_gradient(advantages)[:, :, None], mask
     if clip is not None:
@@ -331,6 +332,8 @@ def adagrpo_loss(
 
     Half precision is widened to float32 first and rounded once at the end, so ranks are those of the given values.
 
+    Of the settings only ``lam`` may be traced; name the others in ``jax.jit``'s static_argnames.
+
     References
     ----------
     arXiv 2606.08480, Section 5, eq. 5 to 10.
@@ -356,7 +359,7 @@ def adagrpo_loss(
     check_shape(xp, "rewards", rewards, "B K", sizes)
     check_shape(xp, "target_reward", target_reward, "B", sizes)
     check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
-    check_scalar("lam", lam)
+    lam = as_number("lam", lam, traced_too=True)
 
     nll = nll_loss(widen(xp, target_token_logp), target_mask)
     if target_old_logp is None:
@@ -429,8 +432,9 @@ def _check_mask(xp, name, mask, like_name, like):
 
 
 def _check_reference(xp, ref_token_logp, beta, sizes):
-    check_positive("beta", beta, zero_too=True)
+    beta = check_positive("beta", beta, zero_too=True)
     if ref_token_logp is not None:
         check_shape(xp, "ref_token_logp", ref_token_logp, "B K L", sizes)
     elif beta > 0:
         raise ValueError(f"ref_token_logp: expected shape (B, K, L) for beta={beta!r}, got None; pass it, or beta=0")
+    return beta

@@ -61,7 +61,8 @@ def arrays(seed=0):
 
 def whole(a, **settings):
     names = "target", "new", "old", "rewards", "target_reward", "negatives", "target_mask", "mask"
-    return adagrpo_loss(*(a[name] for name in names), ref_token_logp=a["ref"], beta=0.1, lam=0.5, **settings)
+    settings = {"beta": 0.1, "lam": 0.5, **settings}
+    return adagrpo_loss(*(a[name] for name in names), ref_token_logp=a["ref"], **settings)
 
 
 def surrogate(a):
@@ -266,6 +267,22 @@ def test_torch_compiles_settings_that_change_from_step_to_step():
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     for settings in ((0.5, 0.2, 1e-4, 0.1), (0.6, 0.3, 1e-3, 0.2), (0.7, 0.4, 1e-2, 0.3)):
         assert_alike(compiled(*settings), loss(*settings))
+
+
+@pytest.mark.parametrize("lam", [torch.tensor(0.5), np.float32(0.5), np.asarray(0.5)], ids=["torch", "float32", "numpy"])
+def test_torch_compiles_a_lam_that_is_an_array(lam):
+    torch.compiler.reset()
+    a = in_torch(arrays())
+    compiled = torch.compile(lambda lam: whole(a, lam=lam).loss, fullgraph=True, backend="eager")
+    assert_alike(compiled(lam), whole(a, lam=0.5).loss)
+
+
+def test_torch_and_jax_map_over_lam():
+    a = arrays()
+    expected = [whole(a, lam=lam).loss for lam in (0.5, 2.0)]
+    assert_alike(torch.vmap(lambda lam: whole(in_torch(a), lam=lam).loss)(torch.tensor([0.5, 2.0])), np.stack(expected))
+    found = jax.vmap(lambda lam: whole(in_jax(a), lam=lam).loss)(jnp.asarray([0.5, 2.0]))
+    assert_alike(found, np.stack(expected), rtol=1e-10)
 
 
 @every_function

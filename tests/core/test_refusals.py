@@ -3,6 +3,9 @@
 
 import inspect
 import re
+import warnings
+from decimal import Decimal
+from fractions import Fraction
 
 import array_api_strict
 import jax
@@ -13,7 +16,7 @@ import torch
 
 import adagrpo_core as core
 
-from .test_gradients_and_tracing import B, K, L, M, arrays
+from .test_gradients_and_tracing import B, K, L, M, arrays, parts
 
 A = arrays()
 ARGUMENTS = {  # function: its arrays by name, then the settings it needs
@@ -216,6 +219,63 @@ WRONG_SETTINGS = [
 def test_a_setting_that_cannot_work_is_refused_by_name(function, name, wrong):
     given, settings = ARGUMENTS[function]
     assert refusal(function, given, {**settings, name: wrong}).startswith(f"{name}: ")
+
+
+SETTINGS = [
+    (function, name)
+    for function, name in dict.fromkeys((function, name) for function, name, _ in WRONG_SETTINGS)
+    if name in ("tau", "rho", "eps", "epsilon", "epsilon_high", "beta", "lam")
+]
+every_setting = pytest.mark.parametrize("function, name", SETTINGS)
+ONE_NUMBER = {
+    "np.float16": np.float16,
+    "np.float32": np.float32,
+    "numpy": np.asarray,
+    "torch": torch.tensor,
+    "torch with grad": lambda x: torch.tensor(x, requires_grad=True),
+    "jax": jnp.asarray,
+    "strict": array_api_strict.asarray,
+    "Fraction": lambda x: Fraction(x),
+    "Decimal": lambda x: Decimal(x),
+}
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.tensor, jnp.asarray, array_api_strict.asarray])
+@every_setting
+def test_a_setting_may_be_one_number_of_any_kind(function, name, library):
+    """0.375 is the same number in all of them; arrays are float64, so a float16 that took part would show."""
+    given, settings = ARGUMENTS[function]
+    wanted = parts(call(function, given, {**settings, name: 0.375}, library))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in ONE_NUMBER.values():
+            found = call(function, given, {**settings, name: kind(0.375)}, library)
+            results = found if isinstance(found, tuple) else (found,)
+            assert not any(getattr(result, "requires_grad", False) for result in results)
+            for one, other in zip(parts(found), wanted, strict=True):
+                assert one.dtype == other.dtype
+                np.testing.assert_array_equal(one, other)
+
+
+@every_setting
+def test_a_number_that_no_float_can_hold_and_complex_numbers_are_refused_by_name(function, name):
+    given, settings = ARGUMENTS[function]
+    for wrong in (10**400, np.str_("0.3"), np.complex64(0.3), torch.tensor(0.3j), jnp.asarray(0.3j), Fraction(10**400)):
+        assert refusal(function, given, {**settings, name: wrong}).startswith(f"{name}: expected one number")
+
+
+@pytest.mark.parametrize("function, name", [*SETTINGS, ("group_advantages", "correction"), ("adagrpo_loss", "correction")])
+def test_a_traced_setting_is_refused_by_name_with_the_remedy_unless_it_is_lam(function, name):
+    given, settings = ARGUMENTS[function]
+
+    def traced(value):
+        return call(function, given, {**settings, name: value}, jnp.asarray)
+
+    if name == "lam":
+        jax.jit(traced)(1)
+        return
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* while tracing, got a traced one; .* static_argnames"):
+        jax.jit(traced)(1)
 
 
 def test_a_setting_at_the_edge_of_what_works_is_taken():
