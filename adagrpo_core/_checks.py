@@ -124,6 +124,12 @@ def _real(value):
     return float(stop_gradient(value))
 
 
+def check_finite(name, value):
+    """Refuse infinity and NaN: times the 0 of a prompt that is not admitted they would be NaN. A traced number passes."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}; pass one, such as the default")
+
+
 def check_positive(name, value, *, zero_too=False):
     """The number as a float; refuse what is not above zero (NaN is not)."""
     value = as_number(name, value)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Group-relative advantages (eq. 3), and the whole objective as advantages alone."""
 
-from ._checks import as_number, check_positive, check_shape, namespace
+from ._checks import as_number, check_finite, check_positive, check_shape, namespace
 from ._compat import stop_gradient, widen
 
 
@@ -104,7 +104,7 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     Raises
     ------
     ValueError
-        For a wrong shape or dtype, or a ``lam`` that is not one number.
+        For a wrong shape or dtype, or a ``lam`` that is not one finite number.
     TypeError
         For what is no array, or is of another library than the first; it is a ValueError as well.
 
@@ -133,6 +133,7 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     check_shape(xp, "advantages", advantages, "B K", sizes)
     check_shape(xp, "clip", clip, "B", sizes, kind="bool")
     lam = as_number("lam", lam, traced_too=True)
+    check_finite("lam", lam)
     K = sizes["K"]
     wide = stop_gradient(widen(xp, advantages))
     rollouts = xp.where(clip[:, None], wide, 0.0) * (lam * ((K + 1) / K))

@@ -3,7 +3,16 @@
 
 from typing import Any, NamedTuple
 
-from ._checks import REAL, as_number, check_dtype, check_positive, check_same_shape, check_shape, namespace
+from ._checks import (
+    REAL,
+    as_number,
+    check_dtype,
+    check_finite,
+    check_positive,
+    check_same_shape,
+    check_shape,
+    namespace,
+)
 from ._compat import stop_gradient, widen
 from .advantages import group_advantages
 from .gate import difficulty, reliability, sample_clip
@@ -192,7 +201,7 @@ def grpo_loss(
     Raises
     ------
     ValueError
-        For a wrong shape or dtype, epsilon <= 0, epsilon_high <= 0, beta < 0, or beta without a reference.
+        For a wrong shape or dtype, epsilon <= 0, epsilon_high <= 0, beta < 0 or infinite, or beta without a reference.
     TypeError
         For what is no array, or is of another library than the first; it is a ValueError as well.
 
@@ -360,6 +369,7 @@ def adagrpo_loss(
     check_shape(xp, "target_reward", target_reward, "B", sizes)
     check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
     lam = as_number("lam", lam, traced_too=True)
+    check_finite("lam", lam)
 
     nll = nll_loss(widen(xp, target_token_logp), target_mask)
     if target_old_logp is None:
@@ -433,6 +443,7 @@ def _check_mask(xp, name, mask, like_name, like):
 
 def _check_reference(xp, ref_token_logp, beta, sizes):
     beta = check_positive("beta", beta, zero_too=True)
+    check_finite("beta", beta)
     if ref_token_logp is not None:
         check_shape(xp, "ref_token_logp", ref_token_logp, "B K L", sizes)
     elif beta > 0:

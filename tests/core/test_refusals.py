@@ -179,7 +179,7 @@ def test_a_message_names_the_expected_and_the_given_shape():
 
 # -- settings --------------------------------------------------------------------------------------------------------
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 WRONG_SETTINGS = [
     *[
         (function, "tau", wrong)
@@ -200,8 +200,12 @@ WRONG_SETTINGS = [
         for name in ("epsilon", "epsilon_high")
         for wrong in (0.0, -0.2, NAN)
     ],
-    *[(function, "beta", wrong) for function in ("grpo_loss", "adagrpo_loss") for wrong in (-0.1, NAN)],
-    *[(function, "lam", np.ones(2)) for function in ("adagrpo_loss", "target_row_advantages")],
+    *[(function, "beta", wrong) for function in ("grpo_loss", "adagrpo_loss") for wrong in (-0.1, NAN, INF)],
+    *[
+        (function, "lam", wrong)
+        for function in ("adagrpo_loss", "target_row_advantages")
+        for wrong in (np.ones(2), NAN, INF, -INF, np.float32("inf"), torch.tensor(INF), jnp.asarray(NAN))
+    ],
     *[(function, "k", wrong) for function in ("group", "in_batch_negatives") for wrong in (0, -1, 2.0, True)],
     *[("in_batch_negatives", "m", wrong) for wrong in (0, -1, 1.0)],
     *[  # what is no number, or more than one
