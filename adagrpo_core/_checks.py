@@ -87,11 +87,16 @@ def check_ties(ties):
         raise ValueError(f'ties: expected "min", "max" or "average", got {ties!r}; the default is "min"')
 
 
-def check_count(name, value):
-    """Refuse what is not a whole number of at least one."""
-    one = isinstance(value, int) or (hasattr(value, "__index__") and tuple(getattr(value, "shape", ())) == ())
-    if isinstance(value, bool) or not one or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}; pass a Python int")
+def check_count(name, value, *, least=1):
+    """The setting as a Python int; refuse what is no whole number, or is below ``least``."""
+    try:
+        one = not isinstance(value, bool) and tuple(getattr(value, "shape", ())) == ()
+        count = value if isinstance(value, int) else value.__index__()
+    except (AttributeError, TypeError, RuntimeError):  # RuntimeError: torch.vmap over it
+        one = False
+    if not one or count < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}; pass a Python int")
+    return count
 
 
 def as_number(name, value, *, traced_too=False):
@@ -125,7 +130,7 @@ def _real(value):
 
 
 def check_finite(name, value):
-    """Refuse infinity and NaN: times the 0 of a prompt that is not admitted they would be NaN. A traced number passes."""
+    """Refuse infinity and NaN: times the 0 of a prompt that is not admitted they are NaN. A traced number passes."""
     if isinstance(value, float) and not abs(value) < float("inf"):
         raise ValueError(f"{name}: expected a finite number, got {value!r}; pass one, such as the default")
 
@@ -148,7 +153,7 @@ def as_fraction(name, value):
     fraction = _nearest_fraction(value) if 0 < value < 1 else None
     if fraction is None:
         raise ValueError(
-            f"{name}: expected a fraction strictly between 0 and 1, got {value!r}; "
+            f"{name}: expected a fraction from 0.000001 to 0.999999, got {value!r}; "
             f"pass a share of the K rollouts, such as {'1/3' if name == 'tau' else '0.1'}"
         )
     return fraction

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Group-relative advantages (eq. 3), and the whole objective as advantages alone."""
 
-from ._checks import as_number, check_finite, check_positive, check_shape, namespace
+from ._checks import as_number, check_count, check_finite, check_positive, check_shape, namespace
 from ._compat import stop_gradient, widen
 
 
@@ -30,7 +30,7 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     Raises
     ------
     ValueError
-        For a wrong shape or dtype, eps < 0, correction < 0 or K <= correction.
+        For a wrong shape or dtype, eps < 0, a correction that is no whole number >= 0, or K <= correction.
     TypeError
         For what is no array; it is a ValueError as well.
 
@@ -53,7 +53,7 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     sizes = {}
     check_shape(xp, "rewards", rewards, "B K", sizes)
     eps = check_positive("eps", eps, zero_too=True)
-    check_positive("correction", correction, zero_too=True)
+    correction = check_count("correction", correction, least=0)
     if sizes["K"] <= correction:
         raise ValueError(
             f"rewards: expected K > correction={correction}, got K={sizes['K']}; "

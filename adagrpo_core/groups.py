@@ -61,7 +61,7 @@ def group(flat, /, k: int):
     [[1, 2], [3, 4]]
     """
     xp = namespace({"flat": flat})
-    check_count("k", k)
+    k = check_count("k", k)
     shape = tuple(flat.shape)
     if not shape or shape[0] % k:
         raise ValueError(
@@ -221,8 +221,7 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     """
     xp = namespace({"keys": keys})
     sizes = {}
-    check_count("k", k)
-    check_count("m", m)
+    k, m = check_count("k", k), check_count("m", m)
     check_shape(xp, "keys", keys, "B N", sizes, kind=NUMBER)
     B, N = sizes["B"], sizes["N"]
     if B * k != N:

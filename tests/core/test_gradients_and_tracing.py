@@ -269,7 +269,7 @@ def test_torch_compiles_settings_that_change_from_step_to_step():
         assert_alike(compiled(*settings), loss(*settings))
 
 
-@pytest.mark.parametrize("lam", [torch.tensor(0.5), np.float32(0.5), np.asarray(0.5)], ids=["torch", "float32", "numpy"])
+@pytest.mark.parametrize("lam", [torch.tensor(0.5), np.float32(0.5), np.asarray(0.5)], ids=["torch", "np32", "numpy"])
 def test_torch_compiles_a_lam_that_is_an_array(lam):
     torch.compiler.reset()
     a = in_torch(arrays())

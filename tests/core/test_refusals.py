@@ -184,16 +184,20 @@ WRONG_SETTINGS = [
     *[
         (function, "tau", wrong)
         for function in ("difficulty", "reliability", "adagrpo_loss")
-        for wrong in (0, 1, -0.1, 1.5, NAN)
+        for wrong in (0, 1, -0.1, 1.5, NAN, 1e-7, 1 - 1e-7)
     ],
-    *[(function, "rho", wrong) for function in ("reliability", "adagrpo_loss") for wrong in (0, 1, -0.1, 1.5, NAN)],
+    *[(function, "rho", wrong) for function in ("reliability", "adagrpo_loss") for wrong in (0, 1, -0.1, 1e-7, NAN)],
     *[
         (function, "ties", wrong)
         for function in ("policy_rank", "reward_ranks", "difficulty", "reliability", "adagrpo_loss")
         for wrong in ("dense", None, "MIN")
     ],
     *[(function, "eps", wrong) for function in ("group_advantages", "adagrpo_loss") for wrong in (-1e-9, NAN)],
-    *[(function, "correction", -1) for function in ("group_advantages", "adagrpo_loss")],
+    *[
+        (function, "correction", wrong)
+        for function in ("group_advantages", "adagrpo_loss")
+        for wrong in (-1, 0.5, 1.0, True, False, torch.tensor(1.0))
+    ],
     *[
         (function, name, wrong)
         for function in ("grpo_loss", "adagrpo_loss")
@@ -207,6 +211,7 @@ WRONG_SETTINGS = [
         for wrong in (np.ones(2), NAN, INF, -INF, np.float32("inf"), torch.tensor(INF), jnp.asarray(NAN))
     ],
     *[(function, "k", wrong) for function in ("group", "in_batch_negatives") for wrong in (0, -1, 2.0, True)],
+    *[("group", "k", wrong) for wrong in (torch.tensor(2.0), torch.tensor([2]), np.asarray([2]), np.float64(2))],
     *[("in_batch_negatives", "m", wrong) for wrong in (0, -1, 1.0)],
     *[  # what is no number, or more than one
         (function, name, wrong)
@@ -268,7 +273,7 @@ def test_a_number_that_no_float_can_hold_and_complex_numbers_are_refused_by_name
         assert refusal(function, given, {**settings, name: wrong}).startswith(f"{name}: expected one number")
 
 
-@pytest.mark.parametrize("function, name", [*SETTINGS, ("group_advantages", "correction"), ("adagrpo_loss", "correction")])
+@every_setting
 def test_a_traced_setting_is_refused_by_name_with_the_remedy_unless_it_is_lam(function, name):
     given, settings = ARGUMENTS[function]
 
@@ -280,6 +285,25 @@ def test_a_traced_setting_is_refused_by_name_with_the_remedy_unless_it_is_lam(fu
         return
     with pytest.raises(ValueError, match=rf"^{name}: expected .* while tracing, got a traced one; .* static_argnames"):
         jax.jit(traced)(1)
+
+
+@pytest.mark.parametrize("name, wrong", [("tau", 1e-7), ("tau", 1 - 1e-7), ("rho", 1e-7), ("rho", 1 - 1e-7)])
+def test_the_bounds_that_a_refused_share_names_are_those_that_hold(name, wrong):
+    given, settings = ARGUMENTS["reliability"]
+    assert "from 0.000001 to 0.999999, got" in refusal("reliability", given, {**settings, name: wrong})
+    call("reliability", given, {"rho": 0.000001})
+    call("reliability", given, {name: 0.999999})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.asarray, torch.tensor, jnp.asarray, array_api_strict.asarray])
+def test_a_count_may_be_one_whole_number_of_any_kind(kind):
+    rewards, flat = A["rewards"], np.arange(6)
+    for library in (np.asarray, torch.tensor, jnp.asarray):
+        wanted = core.group_advantages(library(rewards), correction=2).tolist()
+        assert core.group_advantages(library(rewards), correction=kind(2)).tolist() == wanted
+        assert tuple(core.group(library(flat), kind(3)).shape) == (2, 3)
+        found = core.in_batch_negatives(library(A["keys"]), k=kind(K), m=kind(3))
+        assert found.tolist() == core.in_batch_negatives(A["keys"], k=K, m=3).tolist()
 
 
 def test_a_setting_at_the_edge_of_what_works_is_taken():
