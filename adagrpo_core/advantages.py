@@ -61,13 +61,18 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
         )
     wide = stop_gradient(widen(xp, rewards))
     low, high = xp.min(wide, axis=1, keepdims=True), xp.max(wide, axis=1, keepdims=True)
+    size = xp.maximum(high, -low)
     # Large rewards are divided by 1024, which is exact: 3e38 less -3e38 overflows float32, and XLA, which divides by
     # multiplying, takes 1 / 3e38 for 0. Small rewards are not, because the least numbers would lose bits.
-    part = xp.where((high > 1) | (low < -1), 2.0**-10, xp.ones_like(high))
-    low = low * part
+    part = xp.where(size > 1, 2.0**-10, xp.ones_like(high))
+    # An infinite reward makes its row NaN at once: infinity less infinity would too, but NumPy warns of it.
+    low = xp.where(size < float("inf"), low * part, float("nan"))
     unit = high * part - low
-    # Groups without spread: their numerators are 0, so that any unit and scale will do.
-    flat = unit == 0
+    # Groups without spread, or with one so small that eps / unit would overflow: their numerators are 0, or as good as
+    # that beside eps, so that they need no unit.
+    most = float(xp.finfo(wide.dtype).max)
+    eps = min(eps, most)
+    flat = unit <= eps * (4 / most)
     unit = xp.where(flat, 1.0, unit)
     # Measured from the least reward of the group, equal rewards differ by exactly 0. Measured from the mean they need
     # not: seven float32 rewards of 0.7 then have a spread of 6e-8, and a tiny eps makes that advantages of 0.8.
@@ -75,7 +80,7 @@ def group_advantages(rewards, /, *, eps: float = 1e-4, correction: int = 1):
     wide = (wide * part - low) / unit
     centred = wide - xp.mean(wide, axis=1, keepdims=True)
     spread = xp.sqrt(xp.sum(centred * centred, axis=1, keepdims=True) / (sizes["K"] - correction))
-    scale = xp.where(flat, 1.0, spread + eps * part / unit)
+    scale = xp.where(flat, max(1.0, eps), spread + eps * part / unit)
     return xp.astype(centred / scale, rewards.dtype, copy=False)
 
 

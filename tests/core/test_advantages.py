@@ -18,7 +18,7 @@ from .backends import NUMPY, STRICT, TORCH, every_backend
 
 INF, NAN = float("inf"), float("nan")
 EPS = st.sampled_from([Fraction(0), Fraction(1, 10**4), Fraction(1, 2)])
-nan_is_meant = pytest.mark.filterwarnings("ignore:invalid value encountered")
+without_a_warning = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 @every_backend
@@ -55,7 +55,7 @@ def test_a_group_that_differs_by_rounding_alone_is_not_blown_up():
 
 
 @every_backend
-@nan_is_meant
+@without_a_warning
 @given(pool=draw.pools(), bad=st.sampled_from([NAN, INF, -INF]))
 def test_a_nan_or_infinite_reward_makes_its_own_row_nan_and_touches_no_other(xp, pool, bad):
     size, _, rewards, _ = pool
@@ -127,8 +127,28 @@ def test_rewards_below_the_least_normal_number_still_differ(xp, dtype, least):
     expected = [oracle.advantages(row.tolist()) for row in np.asarray([[1.0, 2, 4, 9], [3.0] * 4, [0.0, 1, 1, 0]])]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert (found[1] == 0).all()
-    with np.errstate(over="ignore"):  # eps in units of such rewards is more than the largest number
-        assert np.abs(xp.run(group_advantages, rewards)).max() < 1e-30
+    with np.errstate(all="raise", under="ignore"):  # eps in units of such rewards is more than the largest number
+        for eps in (1e-4, 1.0, 1e3, 1e30):
+            assert np.abs(xp.run(group_advantages, rewards, eps=eps)).max() < 1e-30
+
+
+@without_a_warning
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numpy_has_nothing_to_remark_on_infinite_and_tiny_rewards(dtype):
+    special = [INF, -INF, NAN, 1e-45, -1e-45, 0.0, 1.0, -3e38]
+    rewards = np.asarray([[a, b, c] for a in special for b in special for c in special], dtype=dtype)
+    for eps in (0.0, 1e-4, 1.0, 1e300, INF):
+        found = group_advantages(rewards, eps=eps)
+        bad = ~np.isfinite(rewards).all(axis=1)
+        assert np.isnan(found[bad]).all() and np.isfinite(found[~bad]).all()
+
+
+@every_backend
+@pytest.mark.parametrize("eps", [1e-3, 1.0, 1e3, 1e30])
+def test_a_spread_far_below_eps_gives_the_advantages_of_equation_3(xp, eps):
+    rewards = np.asarray([[0.0, 1.0, 5.0]], dtype=np.float32) * np.float32(1e-9)
+    found = xp.run(group_advantages, rewards, eps=eps)
+    np.testing.assert_allclose(found, [oracle.advantages(rewards[0].tolist(), Fraction(eps))], rtol=1e-5, atol=2e-38)
 
 
 @every_backend
@@ -144,7 +164,7 @@ def test_equal_rewards_have_advantage_exactly_zero(xp, dtype, K, eps):
 
 
 @every_backend
-@nan_is_meant
+@without_a_warning
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_nan_or_infinity_beside_very_large_or_small_rewards_stays_in_its_row(xp, bad):
     rewards = np.asarray([[1e30, 2e30, 3e30], [1e30, bad, 3e30], [1e-30, bad, 3e-30], [1e-30, 2e-30, 3e-30]])
