@@ -4,6 +4,7 @@
 from typing import Any, NamedTuple
 
 from ._checks import NUMBER, check_shape, namespace
+from ._compat import stop_gradient
 
 
 class Stratum(NamedTuple):
@@ -77,7 +78,8 @@ def reward_influence(llm_rank, rm_rank, /, *, hard=None, discriminable=None) -> 
     Notes
     -----
     Gradient: none, ranks are counts.
-    NaN: an empty stratum has NaN means and coverage 0. A NaN rank makes the means of its own strata NaN.
+    NaN: an empty stratum has NaN means and coverage 0. A NaN rank makes the means of its own strata NaN, and so do two
+    infinite ranks of one instance the mean of their difference.
 
     The paper does not say what happens when the truth is not among the W beams. Our reading inserts its score, as
     eq. 6 and 8 do: the rank is then in 1..W+1, and a truth that *is* among the beams keeps its rank (ties="min").
@@ -97,7 +99,7 @@ def reward_influence(llm_rank, rm_rank, /, *, hard=None, discriminable=None) -> 
     sizes = {}
     check_shape(xp, "llm_rank", llm_rank, "B", sizes, kind=NUMBER)
     check_shape(xp, "rm_rank", rm_rank, "B", sizes, kind=NUMBER)
-    ranks = xp.astype(llm_rank, xp.float32), xp.astype(rm_rank, xp.float32)
+    ranks = tuple(xp.astype(stop_gradient(rank), xp.float32) for rank in (llm_rank, rm_rank))
     overall = _stratum(xp, *ranks, xp.ones_like(llm_rank, dtype=xp.bool))
     if hard is None:
         if discriminable is not None:
@@ -118,4 +120,9 @@ def _stratum(xp, llm_rank, rm_rank, member):
         total = xp.sum(xp.where(member, values, 0.0))
         return xp.where(number > 0, total / xp.where(number > 0, number, 1.0), float("nan"))
 
-    return Stratum(mean(llm_rank), mean(rm_rank), mean(llm_rank - rm_rank), number / member.shape[0])
+    # Two infinite ranks have no difference: NaN, of which NumPy warns unless one of them is NaN before.
+    lost = xp.isinf(llm_rank) & (llm_rank == rm_rank)
+    influence = llm_rank - xp.where(lost, float("nan"), rm_rank)
+    averages = mean(llm_rank), mean(rm_rank), mean(influence), number / member.shape[0]
+    # NumPy 1 makes float64 of a float32 scalar and a Python number.
+    return Stratum(*(xp.astype(average, xp.float32, copy=False) for average in averages))

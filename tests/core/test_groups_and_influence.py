@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 import array_api_strict
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -155,6 +156,30 @@ def test_a_nan_rank_reaches_its_own_strata_only():
     tables = reward_influence(np.asarray([1.0, NAN]), np.asarray([2.0, 2.0]), hard=np.asarray([True, False]))
     assert np.isnan(tables.overall.influence)
     assert tables.hard == (1.0, 2.0, -1.0, 0.5)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_infinite_rank_is_averaged_as_it_is_and_beside_another_has_no_difference():
+    llm, rm = np.asarray([INF, INF, 3.0, NAN]), np.asarray([INF, 2.0, INF, 1.0])
+    for b, (influence, mean) in enumerate([(NAN, INF), (INF, INF), (-INF, 3.0), (NAN, NAN)]):
+        tables = reward_influence(llm, rm, hard=np.arange(4) == b)
+        np.testing.assert_array_equal([tables.hard.influence, tables.hard.llm_rank], [influence, mean])
+    assert reward_influence(llm, rm, hard=np.zeros(4, dtype=bool)).hard.coverage == 0
+
+
+@pytest.mark.parametrize("rank", [np.int64, np.uint8, np.float16, np.float32, np.float64])
+def test_the_tables_are_float32_whatever_the_ranks_are(rank):
+    ranks = np.asarray([1, 9], dtype=rank)
+    tables = reward_influence(ranks, ranks, hard=np.asarray([True, False]))
+    assert all(part.dtype == np.float32 for stratum in tables[:2] for part in stratum)
+
+
+def test_no_gradient_flows_into_ranks():
+    ranks = torch.tensor([1.0, 9.0], requires_grad=True)
+    tables = reward_influence(ranks, ranks * 2, hard=torch.tensor([True, False]))
+    assert not any(part.requires_grad for stratum in tables[:2] for part in stratum)
+    found = jax.grad(lambda ranks: reward_influence(ranks, ranks * 2).overall.influence)(jnp.asarray([1.0, 9.0]))
+    assert found.tolist() == [0, 0]
 
 
 def test_the_tables_follow_from_the_functions_of_the_gate_with_the_beams_as_rollouts():
