@@ -419,12 +419,14 @@ FLOOR = -1e25  # in nats: 5e8 times as much still fits float32 some ten thousand
 def _penalty(xp, logp, ref):
     """The KL estimator exp(d) - d - 1 with d = ref - logp, which beyond d = 20 goes on as its tangent.
 
-    So it stays finite and still pulls back what has run away; a bound on d would let go of it.
+    So it stays finite and still pulls back what has run away; a bound on d would let go of it. By expm1, because near
+    the reference exp(d) - 1 would round away what is left of d: d**2 / 2.
     """
     ref = xp.maximum(ref, xp.full_like(ref, FLOOR))
     d = ref - xp.where(logp < FLOOR, FLOOR, logp)
     near = xp.where(d > TANGENT, TANGENT, d)
-    return xp.exp(near) * (d - near + 1) - d - 1
+    rise = xp.expm1(near)
+    return rise - near + rise * (d - near)
 
 
 def _token_mean(xp, values, mask, empty):

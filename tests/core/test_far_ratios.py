@@ -289,3 +289,17 @@ def test_the_penalty_is_the_estimator_up_to_20_and_its_tangent_beyond(gradients,
 def test_a_token_that_the_reference_finds_far_likelier_is_still_pulled_back(gradients):
     loss, gradient = penalty(gradients, [-30.0, -90.0, -1000.0], [-1.0, -1.0, -1.0], np.float32)
     assert (gradient < -1e8).all() and (np.diff(loss) > 0).all()
+
+
+@torch_and_jit
+@every_dtype
+def test_the_penalty_near_the_reference_keeps_its_digits(gradients, dtype):
+    d = np.concatenate([sign * np.logspace(-6, 3, 91) for sign in (1, -1)]).astype(dtype)
+    loss, gradient = penalty(gradients, -np.maximum(d, 0), np.minimum(d, 0), dtype)
+    exact = d.astype(np.float64)
+    near = np.minimum(exact, 20)
+    series = sum(exact**n / math.factorial(n) for n in range(2, 9))
+    wanted = np.where(np.abs(exact) < 0.01, series, np.expm1(near) * (1 + exact - near) - near)
+    rounding = 4 * np.finfo(dtype).eps * np.minimum(np.abs(exact), 1)  # as that of d itself
+    assert (np.abs(loss - wanted) <= rounding + 1e-6 * wanted).all()
+    np.testing.assert_allclose(gradient, -np.expm1(near), rtol=16 * np.finfo(dtype).eps)
