@@ -11,6 +11,7 @@ AXES = {"B": "prompts", "K": "rollouts per prompt", "M": "negatives", "L": "toke
 REAL = "real floating"
 NUMBER = ("integral", "real floating")
 TIES = ("min", "max", "average")
+UNLIKE = ("matrix", "MaskedArray")  # NumPy's arrays whose arithmetic is another: always two axes, or gaps
 
 
 class NoSuchArray(TypeError, ValueError):
@@ -32,7 +33,7 @@ def namespace(arrays, optional=None):
             found = array_namespace(array)
         except TypeError:
             found = None
-        if found is None or (first and found is not xp):
+        if found is None or (first and found is not xp) or type(array).__name__ in UNLIKE:
             wanted = f"an array of the library of {first} ({_type(given[first])})" if first else "an array"
             remedy = "pass one" if array is None else "convert it first"
             raise NoSuchArray(f"{name}: expected {wanted}, got {_type(array)}; {remedy}")
@@ -79,7 +80,8 @@ def check_dtype(xp, name, array, kind):
     """Refuse a dtype that is not of ``kind`` (the array API's names)."""
     if not xp.isdtype(array.dtype, kind):
         wanted = kind if isinstance(kind, str) else " or ".join(kind)
-        raise ValueError(f"{name}: expected a {wanted} dtype, got {array.dtype}; convert it first, with xp.astype")
+        remedy = "convert it first, with xp.astype or, in torch, .to(dtype)"
+        raise ValueError(f"{name}: expected a {wanted} dtype, got {array.dtype}; {remedy}")
 
 
 def check_ties(ties):
