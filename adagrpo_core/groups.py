@@ -7,6 +7,9 @@ from ._checks import NUMBER, check_count, check_shape, namespace
 from ._compat import device
 
 
+STRINGS_OR_OBJECTS = ("S", "T", "U", "O")  # as NumPy's dtypes call them; the array API has no such kinds
+
+
 class GroupOrder(NamedTuple):
     """How to sort rows into groups and back; see :func:`group_by`.
 
@@ -123,7 +126,7 @@ def group_by(index, /) -> GroupOrder:
     Parameters
     ----------
     index : array, shape (N,), integers
-        Id of the group of each row, in any order. NumPy arrays of strings work too.
+        Id of the group of each row, in any order. NumPy arrays of strings, or of objects of one type, work too.
 
     Returns
     -------
@@ -134,7 +137,7 @@ def group_by(index, /) -> GroupOrder:
     Raises
     ------
     ValueError
-        For a wrong shape, or groups of unequal size: the message names a larger and a smaller one.
+        For a wrong shape or dtype, or groups of unequal size: the message names a larger and a smaller one.
     TypeError
         For what is no array; it is a ValueError as well.
 
@@ -160,14 +163,19 @@ def group_by(index, /) -> GroupOrder:
     """
     xp = namespace({"index": index})
     check_shape(xp, "index", index, "N", {}, kind=None)
-    ids, sizes = xp.unique_counts(index)
+    if not xp.isdtype(index.dtype, "integral") and getattr(index.dtype, "kind", None) not in STRINGS_OR_OBJECTS:
+        raise ValueError(f"index: expected integers, or strings in NumPy, got {index.dtype}; number the groups")
+    try:
+        (ids, sizes), by_id = xp.unique_counts(index), xp.argsort(index, stable=True)
+    except TypeError:  # objects, of which some cannot be compared
+        raise ValueError("index: expected ids of one type, got several; make all of them strings") from None
     most, least = int(xp.argmax(sizes)), int(xp.argmin(sizes))
     if int(sizes[most]) != int(sizes[least]):
         raise ValueError(
             f"index: expected groups of one size, got {int(sizes[most])} rows of id {ids[most]} and "
             f"{int(sizes[least])} of id {ids[least]}; drop or complete the odd ones"
         )
-    rows = group(xp.argsort(index, stable=True), int(sizes[most]))  # one group per row, sorted by id
+    rows = group(by_id, int(sizes[most]))  # one group per row, sorted by id
     order = ungroup(xp.take(rows, xp.argsort(rows[:, 0], stable=True), axis=0))
     return GroupOrder(order, xp.argsort(order, stable=True))
 
@@ -237,7 +245,10 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     column = xp.arange(N - k, device=device(keys))[None, :]
     own = xp.arange(B, device=device(keys))[:, None] * k
     others = xp.where(column < own, column, column + k)  # (B, (B-1)*k)
-    keys = xp.take_along_axis(keys, others, axis=1)
+    try:
+        keys = xp.take_along_axis(keys, others, axis=1)
+    except NotImplementedError:  # torch has no gather for uint16, uint32 and uint64
+        raise ValueError(f"keys: expected a dtype that torch can index, got {keys.dtype}; convert it") from None
     if m == 1:  # the smallest is found in a fraction of the time that it takes to sort
         chosen = xp.argmin(keys, axis=1, keepdims=True)
     else:

@@ -78,6 +78,25 @@ def test_ragged_groups_are_refused_by_name(into):
         group_by(into([7, 5, 7, 8, 8, 7]))
 
 
+@every_eager_backend
+@pytest.mark.parametrize("ids", [[1.0, 0.0], [True, False], [1j, 0j], [NAN, NAN]], ids=str)
+def test_ids_that_are_no_integers_are_refused_by_name(xp, ids):
+    with pytest.raises(ValueError, match=r"^index: expected integers, or strings in NumPy, got .+; "):
+        xp.run(group_by, np.asarray(ids * 2))
+
+
+def test_ids_may_be_of_every_integer_type():
+    for dtype in (np.int8, np.uint8, np.uint16, np.uint32, np.uint64, np.int64):
+        for into in (np.asarray, torch.tensor, jnp.asarray):
+            assert group_by(into(np.asarray([7, 3, 7, 3], dtype=dtype))).order.tolist() == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize("ids", [[1, "a"], [None, 1], [None, None], [1j, 2j]], ids=str)
+def test_objects_that_cannot_be_sorted_are_refused_by_name(ids):
+    with pytest.raises(ValueError, match=r"^index: expected ids of one type, got several; "):
+        group_by(np.asarray(ids * 2, dtype=object))
+
+
 # -- negatives -------------------------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from([(2, 1), (3, 2)]).flatmap(
@@ -104,6 +123,18 @@ def test_the_own_group_is_never_drawn_whatever_the_keys_are(xp, worst):
     assert [sorted(row) for row in found.tolist()] == [[2, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 3]]
     found = xp.run(in_batch_negatives, np.where(np.arange(6) // 2 == np.arange(3)[:, None], -INF, keys), k=2, m=4)
     assert [sorted(row) for row in found.tolist()] == [[2, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int32", "float16"])
+def test_keys_of_any_real_type_are_taken_or_refused_by_name(dtype):
+    keys = np.asarray([[0, 0, 9, 1], [8, 2, 0, 0]])
+    for m in (1, 2):
+        for into in (np.asarray, jnp.asarray):
+            assert in_batch_negatives(into(keys.astype(dtype)), k=2, m=m)[:, 0].tolist() == [3, 1]
+        try:
+            assert in_batch_negatives(torch.tensor(keys.astype(dtype)), k=2, m=m)[:, 0].tolist() == [3, 1]
+        except ValueError as refusal:
+            assert str(refusal).startswith("keys: expected a dtype") and dtype in ("uint16", "uint32", "uint64")
 
 
 def test_the_draw_is_uniform_and_without_repetition():
