@@ -97,6 +97,8 @@ def reliability(
     Gradient: none, the result is boolean.
     NaN: any NaN in a row of the pool makes that row False. Infinities are compared like other numbers.
 
+    Memory and equal rewards are as in :func:`reward_ranks`.
+
     References
     ----------
     arXiv 2606.08480, Section 5 (reward-side diagnostic), eq. 9.

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from ._checks import NUMBER, check_count, check_shape, namespace
 from ._compat import device
 
-
 STRINGS_OR_OBJECTS = ("S", "T", "U", "O")  # as NumPy's dtypes call them; the array API has no such kinds
 
 
@@ -214,7 +213,8 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     Gradient: none, indices.
     NaN: no key; whether it is drawn first or last is the library's affair, but never from the own group.
 
-    Of equal keys the earlier rollout wins, so keys should come from a continuous distribution.
+    Of equal keys the earlier rollout wins, so keys should come from a continuous distribution. They are B x B*k numbers:
+    for a large batch draw within parts of its prompts.
 
     References
     ----------

@@ -103,6 +103,9 @@ def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: s
     Gradient: none, a rank is a count.
     NaN: ranked as minus infinity, hence never better than a number. :func:`reliability` does not read such a rank.
 
+    Compares all with all, in an array of B x (1+M) x (K+1+M). Give all rewards in one dtype: 0.1 rounded to two dtypes
+    does not tie. JAX on a CPU takes subnormal numbers for 0.
+
     References
     ----------
     arXiv 2606.08480, Section 5 (reward-side diagnostic), eq. 8.
