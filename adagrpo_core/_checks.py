@@ -91,11 +91,14 @@ def check_ties(ties):
 
 def check_count(name, value, *, least=1):
     """The setting as a Python int; refuse what is no whole number, or is below ``least``."""
-    try:
-        one = not isinstance(value, bool) and tuple(getattr(value, "shape", ())) == ()
-        count = value if isinstance(value, int) else value.__index__()
-    except (AttributeError, TypeError, RuntimeError):  # RuntimeError: torch.vmap over it
-        one = False
+    one = not isinstance(value, bool)
+    if isinstance(value, int):  # asked first: a compiler's symbolic integer is one, and has no attributes
+        count = value
+    else:
+        try:
+            one, count = tuple(getattr(value, "shape", ())) == (), value.__index__()
+        except (AttributeError, TypeError, RuntimeError):  # RuntimeError: torch.vmap over it
+            one = False
     if not one or count < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}; pass a Python int")
     return count
@@ -108,7 +111,7 @@ def as_number(name, value, *, traced_too=False):
     """
     if type(value) is float:  # asked first: the usual case, and a compiler's symbolic float, which has no attributes
         return value
-    if not isinstance(value, int | float):
+    if not isinstance(value, int):  # nor has its symbolic integer
         if tuple(getattr(value, "shape", ())) != ():
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; pass one for all prompts")
         if traced_too and hasattr(value, "__float__") and is_traced(value):
@@ -126,6 +129,8 @@ def as_number(name, value, *, traced_too=False):
 
 def _real(value):
     """The float of a number; NumPy would convert a string and a complex number too."""
+    if isinstance(value, int):
+        return float(value)
     if not hasattr(value, "__float__") or isinstance(value, str) or "complex" in str(getattr(value, "dtype", "")):
         raise TypeError
     return float(stop_gradient(value))

@@ -213,8 +213,8 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     Gradient: none, indices.
     NaN: no key; whether it is drawn first or last is the library's affair, but never from the own group.
 
-    Of equal keys the earlier rollout wins, so keys should come from a continuous distribution. They are B x B*k numbers:
-    for a large batch draw within parts of its prompts.
+    Of equal keys the earlier rollout wins, so keys should come from a continuous distribution. They are B x B*k
+    numbers: for a large batch draw within parts of its prompts.
 
     References
     ----------

@@ -260,12 +260,13 @@ def test_torch_compiles_settings_that_change_from_step_to_step():
     a = in_torch(arrays())
     names = "target", "new", "old", "rewards", "target_reward", "negatives"
 
-    def loss(lam, epsilon, eps, beta):
-        settings = {"lam": lam, "epsilon": epsilon, "eps": eps, "beta": beta}
+    def loss(lam, epsilon, eps, beta, tau, correction):
+        settings = {"lam": lam, "epsilon": epsilon, "eps": eps, "beta": beta, "tau": tau, "correction": correction}
         return adagrpo_loss(*(a[name] for name in names), ref_token_logp=a["ref"], **settings).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    for settings in ((0.5, 0.2, 1e-4, 0.1), (0.6, 0.3, 1e-3, 0.2), (0.7, 0.4, 1e-2, 0.3)):
+    floats = [(0.5, 0.2, 1e-4, 0.1, 0.3, 1), (0.6, 0.3, 1e-3, 0.2, 0.4, 0), (0.7, 0.4, 1e-2, 0.3, 0.5, 2)]
+    for settings in (*floats, (1, 1, 1, 1, 0.29, 1), (2, 3, 0, 0, 0.61, 1), (3, 2, 2, 2, 0.62, 0)):
         assert_alike(compiled(*settings), loss(*settings))
 
 
