@@ -350,7 +350,7 @@ def test_a_number_that_is_not_finite_ends_the_run_by_its_name_and_step_before_a_
     name = "grpo+nll" if what == "grpo" else "adagrpo"
 
     def broken(x):
-        return torch.where(torch.arange(x.numel()).view(x.shape) == 1, value, x) if len(kept) == 2 else x
+        return torch.where(torch.arange(x.numel()).view(x.shape) == 0, value, x) if len(kept) == 2 else x
 
     if what == "gradient norm":
         policy.model.base_model.ln_f.bias.register_hook(broken)
