@@ -18,6 +18,7 @@ shop: data, toy world, ranker, models; Part III the workshop: processes, checkpo
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-9 of the toy.
+    So was rho, 0.3, where the paper has 0.1.
  3. Rollouts are sampled from the policy being trained, one update per rollout: eq. 4's ratio is 1 (rounded).
     `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. Tokens that name no item
@@ -79,7 +80,8 @@ import adagrpo_core as core
 # Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a
 # history, T tokens of a prompt, n branches of a tree (m before a level), W beams, S SID tokens of all
 # levels, V tokens that the policy knows, N items. An item is a row of the catalogue; -1 is none: left
-# padding, or a hallucination.
+# padding, or a hallucination. From later parts: `batches`, the row numbers of each step;
+# `local_micro_batches`, this process's slices of a batch; `all_gather`, what they gave -> the whole batch.
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -177,8 +179,8 @@ class Policy:
     def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
-        Returns the log-probabilities of what comes next (B, n, V), after the last `keep` tokens (0: all), and
-        the KV cache, longer by n. Every pass goes through here, and through the model's own forward.
+        Returns log-probabilities of what comes next, after all tokens (B, n, V) or the last `keep`; and the
+        KV cache, longer by n. Every pass goes through here, and through the model's own forward.
         """
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
         # The mask is added to the attention scores. Its lowest number is finite, in float32 too: padding sees
@@ -219,10 +221,12 @@ def prefill(policy, history, target=None):
         tokens, keep = torch.cat([tokens, target[:, :-1]], 1), target.shape[1]
         mask = F.pad(mask, (0, keep - 1), value=True)
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
     logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
     prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], logp[:, :1])
-    return prompt, None if target is None else logp.gather(-1, target[..., None])[..., 0]
+    if target is None:
+        return prompt, None
+    return prompt, logp.gather(-1, target[..., None])[..., 0]
 
 
 # A tree grows level by level, as select(prefix, logp, total) decides: it gets the tokens of m branches so far
@@ -243,8 +247,8 @@ def teacher_forcing(tokens):
 def sample(uniform):
     """n independent samples, decided by uniform random numbers in [0, 1), (L, B, n).
 
-    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. All are drawn for
-    the whole batch, so that the samples do not depend on how it is split.
+    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. Callers draw them
+    for the whole batch, so that the samples do not depend on how it is split.
     """
 
     def select(prefix, logp, total):
@@ -276,8 +280,10 @@ def tree_decode(policy, prompt, select):
     them the prompt, its ancestors and itself: so the prompt is never repeated. If level 0 has two branches
     and both of level 1 continue the first, these see of prompt | level 0 | level 1:
 
-        1 1 1 | 1 0 | 1 0        When branches change parents, the rows of the mask are
-        1 1 1 | 1 0 | 0 1        reordered; the KV cache stays as it is.
+        1 1 1 | 1 0 | 1 0
+        1 1 1 | 1 0 | 0 1
+
+    When branches change parents, the rows of the mask are reordered; the KV cache stays as it is.
     """
     kv_cache, logp = prompt.kv_cache, prompt.logp  # (B, 1, V): the only branch is the prompt
     B, T = prompt.mask.shape
@@ -439,6 +445,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
+                # The rollout's prefill serves one update of one micro-batch; otherwise it is run again.
                 prompt, target_logp = prefilled.pop() if prefilled else prefill(
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
@@ -456,7 +463,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **must_be_finite, nll=nll, grpo=grpo)
 
-        if method.admit:
+        if method.admit:  # the mean ratio of the admitted; 1 if there are none
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
             stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
         log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
@@ -469,7 +476,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
     """Beam search on every prompt, and 8 samples. Returns the metrics; and for each prompt their terms, its
-    beams (`item`, `logp`) and the truth's place among them (`rank`)."""
+    beams (`item`, and `logp` per token) and the truth's place among the valid ones (`rank`)."""
     n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     search = constrained(beam(cfg.beam_width), policy.constraint, distinct=True)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
