@@ -266,7 +266,7 @@ def test_torch_compiles_settings_that_change_from_step_to_step():
 
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     floats = [(0.5, 0.2, 1e-4, 0.1, 0.3, 1), (0.6, 0.3, 1e-3, 0.2, 0.4, 0), (0.7, 0.4, 1e-2, 0.3, 0.5, 2)]
-    for settings in (*floats, (1, 1, 1, 1, 0.29, 1), (2, 3, 0, 0, 0.61, 1), (3, 2, 2, 2, 0.62, 0)):
+    for settings in (*floats, (1, 1, 1, 1, 0.29, 1), (3, 2, 0, 0, 0.62, 0)):
         assert_alike(compiled(*settings), loss(*settings))
 
 
