@@ -1144,7 +1144,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     fill(true)
     with in_one_line("it would not load again from what is saved of it"), torch.device("meta"):
         model_of(model.config.to_dict()).load_state_dict(model.state_dict(), assign=True)
-    return make_policy(model, catalogue, cfg)
+    return Policy(model, catalogue, cfg, policy.tokenizer)
 
 
 def model_of(config):

@@ -2,7 +2,6 @@
 """Every command that README or docs quote is run: here, made small, or by what RUN_BY names."""
 
 import ast
-import functools
 import json
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano.helpers import make_brief
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
@@ -128,8 +128,7 @@ def test_every_command_line_of_the_script_runs_made_small(command, tmp_path, mon
     torch.set_num_threads(1)
     world = nano.World(codes=6, items=60, users=60, impressions=8)
     monkeypatch.setattr(nano, "toy_world", lambda cfg: whole(cfg, world))
-    monkeypatch.setattr(nano, "picture", lambda rows, path: path.touch())  # most of so short a run, with the next
-    monkeypatch.setattr(nano, "train_ranker", functools.partial(nano.train_ranker, least_steps=5))
+    make_brief(monkeypatch)
     monkeypatch.chdir(tmp_path)
     none = [word for flag in ("--sft-steps", "--rl-steps") if f"{flag} 0" in command for word in (flag, "0")]
     results = nano.main([*words, *SMALL, *none])  # what is said twice is as it is said last
