@@ -3,7 +3,6 @@
 
 import itertools
 import json
-import zlib
 
 import pytest
 import torch
@@ -101,13 +100,18 @@ def test_what_is_kept_is_not_trained_on(folder, scripted):
 
 @pytest.fixture
 def arbitrary(monkeypatch):
-    """HR@10 of a validation follows from the policy's weights, without any reason."""
-    real = nano.evaluate
+    """HR@10 of a validation follows from the policy's weights: weights not seen before get the next value.
+
+    Not from their bits: another CPU rounds otherwise, and there the last step might always be the best.
+    """
+    real, known, values = nano.evaluate, {}, itertools.cycle([0.3, 0.1, 0.5, 0.2])
 
     def evaluate(policy, ranker, prompts, cfg):
         mean, each = real(policy, ranker, prompts, cfg)
         bits = b"".join(x.numpy().tobytes() for x in state(policy).values())
-        return mean | {"hr@10": zlib.crc32(bits) % 1000 / 1000}, each
+        if bits not in known:
+            known[bits] = next(values)
+        return mean | {"hr@10": known[bits]}, each
 
     monkeypatch.setattr(nano, "evaluate", evaluate)
 
