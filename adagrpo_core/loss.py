@@ -409,7 +409,8 @@ def _clipped_gap(xp, logp, old, A, epsilon, epsilon_high):
     number, bad = xp.finfo(gap.dtype), A < 0
     limit = xp.full_like(A, min(1 + epsilon_high, float(number.max) / 2), dtype=gap.dtype)
     limit = xp.log(xp.where(bad, max(1 - epsilon, number.smallest_normal), limit))
-    return xp.where(xp.where(bad, gap < limit, gap > limit), limit, gap)
+    side = xp.where(bad, -1.0, xp.ones_like(limit))
+    return xp.where(gap * side > limit * side, limit, gap)
 
 
 TANGENT = 20.0  # in nats: the estimator's slope is 5e8 there, and a steeper one would only overflow sooner
