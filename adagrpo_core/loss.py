@@ -242,18 +242,15 @@ def grpo_loss(
     logp, A, live = widen(xp, token_logp), stop_gradient(advantages)[:, :, None], mask
     if clip is not None:
         check_shape(xp, "clip", clip, "B", sizes, kind="bool")
-        admitted = clip[:, None, None]
-        A, live = xp.where(admitted, A, 0.0), admitted if mask is None else mask & admitted
+        live = clip[:, None, None] if mask is None else mask & clip[:, None, None]
 
     def where_live(x):  # a number in place of what is not to be read
         return x if live is None else xp.where(live, x, 0.0)
 
-    # Masked on this side of the exponential: masked behind it, an overflow would send NaN back through the gradient.
-    logp = where_live(logp)
-    gap = _clipped_gap(xp, logp, where_live(stop_gradient(widen(xp, old_token_logp))), A, epsilon, epsilon_high)
-    gain = xp.exp(gap) * A
+    old = where_live(stop_gradient(widen(xp, old_token_logp)))
+    gain = xp.exp(_clipped_gap(xp, logp, old, A, live, epsilon, epsilon_high)) * where_live(A)
     if beta > 0:
-        gain = gain - _penalty(xp, logp, where_live(stop_gradient(widen(xp, ref_token_logp)))) * beta
+        gain = gain - _penalty(xp, where_live(logp), where_live(stop_gradient(widen(xp, ref_token_logp)))) * beta
     # Without a mask all rollouts are as long, and the mean over tokens and the one over rollouts are one.
     mean = xp.mean(gain, axis=(1, 2)) if mask is None else xp.mean(_token_mean(xp, gain, mask, 0.0), axis=1)
     return xp.astype(-mean, token_logp.dtype, copy=False)
@@ -396,11 +393,12 @@ def adagrpo_loss(
     )
 
 
-def _clipped_gap(xp, logp, old, A, epsilon, epsilon_high):
-    """The logarithm of the ratio w; where the clip decides, that of its limit, a constant.
+def _clipped_gap(xp, logp, old, A, live, epsilon, epsilon_high):
+    """The logarithm of the ratio w; where the clip decides, that of its limit, a constant. So too where not ``live``.
 
     min(w A, clip(w) A) is w A, until w has passed the limit on the side that A rewards: from there on it is limit A.
-    Bounded behind the exponential, a ratio that overflows would still send 0 * inf back through the gradient.
+    Bounded behind the exponential, a ratio that overflows would still send 0 * inf back through the gradient; and so
+    would, masked behind it, what is not to be read.
     """
     # -inf less -inf is NaN. Less the least number it is -inf: what neither policy can emit has ratio 0.
     gap = logp - xp.maximum(old, xp.full_like(old, xp.finfo(old.dtype).min))
@@ -410,7 +408,8 @@ def _clipped_gap(xp, logp, old, A, epsilon, epsilon_high):
     limit = xp.full_like(A, min(1 + epsilon_high, float(number.max) / 2), dtype=gap.dtype)
     limit = xp.log(xp.where(bad, max(1 - epsilon, number.smallest_normal), limit))
     side = xp.where(bad, -1.0, xp.ones_like(limit))
-    return xp.where(gap * side > limit * side, limit, gap)
+    passed = gap * side > limit * side  # no NaN has
+    return xp.where(passed if live is None else passed | ~live, limit, gap)
 
 
 TANGENT = 20.0  # in nats: the estimator's slope is 5e8 there, and a steeper one would only overflow sooner
