@@ -24,10 +24,10 @@ def namespace(arrays, optional=None):
 
     ``optional`` holds arguments that may be None.
     """
-    given = arrays | {name: array for name, array in (optional or {}).items() if array is not None}
-    xp = first = None
+    given = arrays | {name: array for name, array in optional.items() if array is not None} if optional else arrays
+    xp = first = kind = None
     for name, array in given.items():
-        if first and type(array) is type(given[first]):
+        if type(array) is kind:
             continue  # of the same library, without asking again
         try:
             found = array_namespace(array)
@@ -37,7 +37,7 @@ def namespace(arrays, optional=None):
             wanted = f"an array of the library of {first} ({_type(given[first])})" if first else "an array"
             remedy = "pass one" if array is None else "convert it first"
             raise NoSuchArray(f"{name}: expected {wanted}, got {_type(array)}; {remedy}")
-        xp, first = found, first or name
+        xp, first, kind = found, first or name, type(array)
     return xp
 
 
@@ -47,18 +47,19 @@ def _type(value):
 
 
 def check_shape(xp, name, array, letters, sizes, *, kind=REAL):
-    """Refuse an array whose axes are not ``letters`` or disagree with ``sizes``, then note its sizes there.
+    """Refuse an array whose axes are not ``letters`` or disagree with ``sizes``; note its sizes there.
 
     ``kind`` is a dtype kind in the array API's names, or None for any.
     """
     wanted, shape = letters.split(), tuple(array.shape)
-    noted = sizes | dict(zip(wanted, shape, strict=False))
-    if len(shape) != len(wanted) or not noted.items() >= sizes.items():  # an axis has another size than before
+    fits = len(shape) == len(wanted)
+    for axis, size in zip(wanted, shape, strict=False):
+        fits = fits and sizes.setdefault(axis, size) == size
+    if not fits:
         spec = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in wanted)
         spec += "," if len(wanted) == 1 else ""
         meaning = ", ".join(f"{axis} {AXES[axis]}" for axis in wanted)
         raise ValueError(f"{name}: expected shape ({spec}), got {shape}; nothing broadcasts, so bring it to {meaning}")
-    sizes.update(noted)
     if 0 in shape:
         axis = wanted[shape.index(0)]
         raise ValueError(f"{name}: expected {axis} >= 1, got shape {shape}; pass some {AXES[axis]}")
