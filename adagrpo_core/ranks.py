@@ -153,11 +153,11 @@ def doubled_ranks(xp, entries, pool, ties):
     def count(hits):  # int32 everywhere, where libraries disagree on the default integer
         return xp.sum(xp.astype(hits, xp.int32), axis=-1, dtype=xp.int32)
 
-    larger = count(pool > entries)
+    best = count(pool > entries) + 1
     if ties == "min":
-        return 2 * larger + 2
-    equal = count(pool == entries)  # the entry itself is one of them
-    return 2 * (larger + equal) if ties == "max" else 2 * larger + equal + 1
+        return best + best
+    worst = best - 1 + count(pool == entries)  # the entry itself is one of them
+    return worst + worst if ties == "max" else best + worst
 
 
 def _ranks(xp, entries, pool, ties):
