@@ -148,7 +148,8 @@ def nll_loss(target_token_logp, /, mask=None):
     xp = namespace({"target_token_logp": target_token_logp}, {"mask": mask})
     check_shape(xp, "target_token_logp", target_token_logp, "B L", {})
     _check_mask(xp, "mask", mask, "target_token_logp", target_token_logp)
-    return -length_normalized(target_token_logp, mask)
+    nll = -_token_mean(xp, widen(xp, target_token_logp), mask, float("nan"))
+    return xp.astype(nll, target_token_logp.dtype, copy=False)
 
 
 def grpo_loss(
