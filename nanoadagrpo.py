@@ -60,7 +60,8 @@ from typing import NamedTuple
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then, Ctrl-C ends without a traceback
-    print("nanoadagrpo: loading torch and transformers", flush=True)
+    with contextlib.suppress(OSError):  # a full disk is reported by `main`
+        print("nanoadagrpo: loading torch and transformers", flush=True)
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class Settings:
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "a tracker, beside metrics.jsonl", choices="tensorboard wandb trackio")
+    log_to: str = option("", "a tracker beside metrics.jsonl; '' for none", choices="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
     dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", choices="auto float32 bfloat16")
 
@@ -710,7 +711,7 @@ def read_rows(path, catalogue, source, fields):
                                 f"{example!r:.60}, {catalogue.L} tokens, numbers or text")
         return [known[repr(sid)] for sid in sids]
 
-    lines = text.split("\n") if text else []  # splitlines() would split at U+2028 too
+    lines, header = text.split("\n") if text else [], ()  # splitlines() would split at U+2028 too
     try:
         if is_csv:
             warnings.simplefilter("ignore", SyntaxWarning)  # of literals, which are refused in one line
@@ -733,7 +734,8 @@ def read_rows(path, catalogue, source, fields):
                     raise UserError("shown, click and order are not equally long")
                 if order and any(y > z for y, z in zip(order, click, strict=True)):
                     raise UserError("an order without a click")
-                if found and (found[0][-1] is None) != (order is None):
+                none = order is None
+                if (none and "order" in header) or (found and (found[0][-1] is None) != none):
                     raise UserError("order has to be there in all rows or in none")
             found.append([*x.values()])
     except Exception as error:  # a file can be anything
@@ -934,6 +936,8 @@ def own_reward(cfg):
     @users_code(cfg)
     def reward(history, item):
         parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
+        if any(map(np.ma.isMaskedArray, parts.values())):
+            raise ValueError("a masked array, whose hidden scores torch would read")
         parts = {key: torch.as_tensor(x, dtype=torch.float32, device=item.device) for key, x in parts.items()}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
@@ -1196,6 +1200,9 @@ def progress(steps, name):
 # What they gather is what one process would have: gate, negatives and metrics are of the whole batch.
 
 
+TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1254,6 +1261,9 @@ class Optimizer:
 # -- what a run writes ---------------------------------------------------------------------------------------
 
 
+TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
+
+
 class MetricsLog:
     """metrics.jsonl: a row for each step and each evaluation; `rows` may hold some already."""
 
@@ -1266,7 +1276,8 @@ class MetricsLog:
             self.track = lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
         elif rank() == 0 and cfg.log_to:  # wandb and trackio count rows; our step is one of the numbers
             library = importlib.import_module(cfg.log_to)
-            library.init(project="nanoadagrpo", name=out.name, config=dataclasses.asdict(cfg))
+            with in_one_line(*TRACKER):
+                library.init(project="nanoadagrpo", name=out.resolve().name, config=dataclasses.asdict(cfg))
             self.track = lambda numbers, step: library.log(numbers)
 
     def __call__(self, **row):
@@ -1283,7 +1294,8 @@ class MetricsLog:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.track:
             name = "/".join(row[key] for key in ("phase", "method") if key in row)
-            self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
+            with in_one_line(*TRACKER):
+                self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
 
 
 def weights(module):
@@ -1465,7 +1477,8 @@ def run(cfg):
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     reward = own_reward(cfg) if cfg.reward else None
     if reward:  # about two rows, so that its faults show before the supervised steps
-        reward_of(reward, data.rl.history[:2], data.rl.target[:2][:, None], [slice(0, 2)])
+        one_and_none = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)  # an item, and no item
+        reward_of(reward, data.rl.history[:2], one_and_none, [slice(0, 2)])
     begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))  # the policy is there
     # Before the folder is made: what is refused leaves none behind.
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
@@ -1536,7 +1549,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             policy.model.load_state_dict(checkpoints.best["weights"] or base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
         if rank() == 0:
-            policy.save(out / "policy" / (name if len(names) > 1 else ""))
+            with in_one_line(f"{out}/policy"):  # a full disk is no OSError of the tokenizer's
+                policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
     results = {row["method"]: numbers(row) for row in rows if row["phase"] == "test"}
     if rank() == 0:
@@ -1559,7 +1573,7 @@ def write_report(out, cfg, results, about, influence):
     given = [(to_flag(name), x) for name, x in dataclasses.asdict(cfg).items()
              if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
     again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
-    parts = [f"# {out.name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
+    parts = [f"# {out.resolve().name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
              "![training dynamics](dynamics.png)", *map(influence_table, influence)]
     text = "\n\n".join(parts) + "\n"
     (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -1607,6 +1621,8 @@ def locked(out, rows):
             last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
             after = f"{last.get('method', 'sft')}, step {last['step']}"
             raise KeyboardInterrupt(f"stopped after {after}; go on with --resume {out}") from None
+        except UserError as error:  # of the user's own code, perhaps, which can be mended
+            raise UserError(f"{error}" + f"; the run so far: --resume {out}" * bool(rows)) from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
 
@@ -1674,8 +1690,8 @@ def parse(argv):
         shown = f"{x:.3g}" if isinstance(x, float) else x
         text = about["help"] + f" (default: {shown})" * (x != "")
         metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
-        group.add_argument(flag, default=x, type=type(x), choices=about["choices"] or None, metavar=metavar,
-                           help=text)
+        choices = [*about["choices"], *[""] * (x == "")] if about["choices"] else None
+        group.add_argument(flag, default=x, type=type(x), choices=choices, metavar=metavar, help=text)
     given = vars(parser.parse_args(argv))
     if given["resume"]:
         out = Path(given["resume"])
@@ -1692,9 +1708,11 @@ def parse(argv):
     cfg = Settings(**given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
-    if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
-        raise UserError(f"--log-to {cfg.log_to}: not installed; pip install {cfg.log_to}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says so
+    for what, library in ("the figure", "matplotlib"), (f"--log-to {cfg.log_to}", cfg.log_to):
+        if library and importlib.util.find_spec(library) is None:
+            raise UserError(f"{what}: {library} is not installed; pip install {library}")
+    with in_one_line(*TORCHRUN):
+        processes = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.sft_batch_size % processes or cfg.batch_size % processes:
         sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"
         raise UserError(f"{sizes}: {processes} processes cannot share them equally")
@@ -1724,7 +1742,8 @@ def main(argv=None):
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
             if cfg.device.startswith("cuda"):
                 torch.cuda.set_device(cfg.device)
-            dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+            with in_one_line(*TORCHRUN):
+                dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         text, code, process = str(error), 2, os.environ.get("RANK", "0")
@@ -1754,5 +1773,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what a terminal cannot show
+    os.environ.pop("MPLBACKEND", None)  # a notebook sets it; a figure in a file needs none
+    if sys.stdout:  # a folder's name may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -222,7 +222,14 @@ def test_orders_in_later_rows_alone_are_refused_too(folder, capsys, layout):
     else:  # a table has the column or not: here the first row ends too soon
         text = path.read_text().replace("click", "click,order", 1) + "[],\"['<a_0><b_0><c_1>']\",[1],[0]\n"
         path.write_text(text)
-        assert "log.csv, line 4: order has to be there in all rows or in none" in refused(capsys, run)
+        assert "log.csv, line 2: order has to be there in all rows or in none" in refused(capsys, run)
+
+
+def test_a_table_whose_rows_all_end_before_its_orders_is_no_log_without_orders(folder, capsys):
+    LAYOUTS["MiniOneRec"](folder / "shop", [row[:3] for row in LOG], FIELDS[:3])
+    path = folder / "shop" / "log.csv"
+    path.write_text(path.read_text().replace("click", "click,order", 1))
+    assert "log.csv, line 2: order has to be there in all rows or in none" in refused(capsys, run)
 
 
 @both

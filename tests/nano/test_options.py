@@ -111,7 +111,7 @@ def test_a_reward_is_asked_about_two_rows_before_the_supervised_steps(mine, monk
         began.extend(sys.modules["mine"].asked), train_sft(*given, **options)))
     run("--reward", "mine:score", "--out", "here")
     influence = (3, 12 + 1 + 1)  # of the base policy: its beams, the truth and a negative
-    assert began == [(2, 1)] and sys.modules["mine"].asked == [(2, 1), influence, *[(4, 6 + 1 + 1)] * 2]
+    assert began == [(2, 2)] and sys.modules["mine"].asked == [(2, 2), influence, *[(4, 6 + 1 + 1)] * 2]
 
 
 @pytest.mark.parametrize("options", [["--method", "nll"], ["--rl-steps", "0"]], ids=" ".join)
@@ -149,8 +149,14 @@ FAULTS = {
     "it exits": ("import sys\ndef score(history, item):\n    sys.exit('no licence')\n",
                  ["SystemExit", "mine.py, line 4", "no licence"]),
     "a message of two lines": ("def score(history, item):\n    raise ValueError('one\\ntwo')\n", ["one", "line 3"]),
-    "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 1)"]),
-    "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(1,)] instead of (2, 1)"]),
+    "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 2)"]),
+    "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(2,)] instead of (2, 2)"]),
+    "one score for each prompt": ("def score(history, item):\n    return history[:, -1:] * 1.0\n", ["(2, 1)"]),
+    "a table that does not know -1": (
+        "price = {i: .1 for i in range(999)}\ndef score(history, item):\n"
+        "    return [[price[x] for x in row] for row in item.tolist()]\n", ["KeyError in", "mine.py, line 4: -1;"]),
+    "a masked array": ("import numpy as np\ndef score(history, item):\n    return np.ma.masked_less(item, 0.)\n",
+                       ["a masked array"]),
     "the shape of a part": ("def score(history, item):\n    return {'a': item * 0.5, 'b': item.sum(1)}\n", ["(2,)"]),
     "None": ("def score(history, item):\n    pass\n", ["NoneType"]),
     "nothing": ("def score(history, item):\n    return {}\n", ["dict"]),
@@ -243,10 +249,11 @@ def test_tensorboard_is_told_every_number_at_its_step(mine, folder, monkeypatch)
 
 @pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_library_is_one_line_with_the_command_that_mends_it(mine, folder, capsys, monkeypatch, library):
-    monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None)
+    find = nano.importlib.util.find_spec
+    monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None if name == library else find(name))
     mine("")
     line = refused(capsys, "--log-to", library, "--out", "here")
-    assert line == f"--log-to {library}: not installed; pip install {library}"
+    assert line == f"--log-to {library}: {library} is not installed; pip install {library}"
     assert not (folder / "here").exists()
 
 
