@@ -1264,21 +1264,25 @@ class Optimizer:
 TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
 
 
+def make_tracker(out, cfg):
+    """What is told (numbers, step) of each row."""
+    if cfg.log_to == "tensorboard":
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+        return lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
+    library = importlib.import_module(cfg.log_to)
+    library.init(project="nanoadagrpo", name=out.resolve().name, config=dataclasses.asdict(cfg))
+    return lambda numbers, step: library.log(numbers)  # they count rows; our step is one of the numbers
+
+
 class MetricsLog:
     """metrics.jsonl: a row for each step and each evaluation; `rows` may hold some already."""
 
     def __init__(self, out, cfg, rows):
         self.path = out / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
-        self.rows, self.device, self.last, self.track = rows, cfg.device, time.perf_counter(), None
+        self.rows, self.device, self.last = rows, cfg.device, time.perf_counter()
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if rank() == 0 and cfg.log_to == "tensorboard":
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
-            self.track = lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
-        elif rank() == 0 and cfg.log_to:  # wandb and trackio count rows; our step is one of the numbers
-            library = importlib.import_module(cfg.log_to)
-            with in_one_line(*TRACKER):
-                library.init(project="nanoadagrpo", name=out.resolve().name, config=dataclasses.asdict(cfg))
-            self.track = lambda numbers, step: library.log(numbers)
+        with in_one_line(*TRACKER):
+            self.track = make_tracker(out, cfg) if rank() == 0 and cfg.log_to else None
 
     def __call__(self, **row):
         # All the numbers of a step cross from the GPU at once, after its work has been queued.

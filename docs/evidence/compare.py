@@ -56,8 +56,22 @@ def serve(score, prompts, batch=100):
 
 def read(run):
     """(settings, lines of metrics.jsonl) of a run, be it complete or not."""
-    cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
-    return cfg, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with nano.in_one_line(run, "name folders that nanoadagrpo.py wrote"):
+        cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
+        return cfg, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_alike(runs):
+    """Runs of other settings, or one twice, would give a mean and a spread that mean nothing."""
+    each = [dataclasses.asdict(read(run)[0]) for run in runs]
+    each = [cfg | {"data": Path(cfg["data"]).resolve()} for cfg in each]
+    free = "seed", "out", "resume", "save_every", "log_to"  # whatever device they were run on
+    for run, cfg in zip(runs, each, strict=True):
+        if other := [nano.to_flag(key) for key, x in cfg.items() if x != each[0][key] and key not in free]:
+            raise nano.UserError(f"{run}: {', '.join(other)} are not as in {runs[0]}; runs may differ in their seeds")
+    seeds = [cfg["seed"] for cfg in each]
+    if len(set(seeds)) < len(seeds):
+        raise nano.UserError(f"a seed is there twice: {', '.join(map(str, seeds))}; name one run of each")
 
 
 COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
@@ -148,7 +162,11 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
     parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
     args = parser.parse_args(argv)
-    rows = collect(args.runs)
+    try:
+        check_alike(args.runs)
+        rows = collect(args.runs)
+    except nano.UserError as error:
+        parser.error(str(error))
     print(table(rows))
     if args.figure:
         draw(args.runs, args.figure)

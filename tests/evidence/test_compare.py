@@ -71,6 +71,32 @@ def test_the_table_holds_mean_and_spread_over_runs_and_differences_within_them(f
     assert [one["hr@10"] for one in rows["popularity"]] == [0.75, 0.75]
 
 
+@pytest.mark.parametrize("settings, words", [
+    ({"seed": 1, "constrained": True, "lam": 2.0}, "s1: --lam, --constrained are not as in"),
+    ({"seed": 1, "method": "nll"}, "s1: --method are not as in"), ({}, "a seed is there twice: 0, 0"),
+    (None, "s1: [Errno 2] No such file"), ({"words": 3}, "s1: Settings.__init__() got an unexpected")], ids=str)
+def test_runs_that_cannot_be_averaged_are_refused(folder, tmp_path, capsys, settings, words):
+    for name, more in (("s0", {}), ("s1", settings)):
+        (tmp_path / name).mkdir()
+        if more is not None:
+            config = dataclasses.asdict(nano.Settings(data=str(folder), device="cpu")) | more
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+            (tmp_path / name / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit) as end:
+        compare.main([str(tmp_path / "s0"), str(tmp_path / "s1")])
+    assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_runs_may_have_been_made_elsewhere(folder, tmp_path):
+    others = {"device": "cpu", "out": "x", "save_every": 7, "log_to": "wandb", "data": f"{folder}/../{folder.name}"}
+    for seed, more in enumerate([{"device": "cuda"}, others]):
+        (tmp_path / f"s{seed}").mkdir()
+        config = dataclasses.asdict(nano.Settings(data=str(folder), seed=seed)) | more
+        (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps(config))
+        (tmp_path / f"s{seed}" / "metrics.jsonl").write_text("")
+    compare.check_alike([tmp_path / "s0", tmp_path / "s1"])
+
+
 def test_the_figure_shows_what_was_logged_with_the_standard_error_of_a_share(folder, tmp_path):
     lines = [{"phase": "sft", "step": i, "nll": 6.0 - i} for i in (1, 2, 3, 4)]
     for name, hit in (("nll", 0.5), ("adagrpo", 0.8)):

@@ -95,11 +95,22 @@ def check_log(rows, methods, sft_steps, rl_steps):
 # -- the command that the README begins with ---------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell's >&- and /dev/full")
+@pytest.mark.parametrize("end", [">&-", "> /dev/full"])
+def test_an_output_that_cannot_be_written_hides_no_refusal(tmp_path, end):
+    command = f'"{sys.executable}" "{nano.__file__}" --toy --group-size 1 {end}'
+    done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--group-size" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+
 def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path):
     options = "--toy --sft-steps 5 --rl-steps 3 --beam-width 12 --eval-prompts 20 --device cpu --out results/première"
     command = [sys.executable, nano.__file__, *options.split()]
-    # The order of a set differs between processes, and a terminal may not know a letter of the folder's name.
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONIOENCODING": "ascii"}
+    # The order of a set differs between processes, a terminal may not know a letter of the folder's name, and a
+    # notebook's backend for figures may not be installed.
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://none"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     out = tmp_path / "results" / "première"

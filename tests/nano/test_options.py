@@ -203,6 +203,19 @@ def test_what_shows_in_training_alone_is_one_line_too(mine, capsys, folder, text
     assert not (folder / "here" / "report.md").exists()
 
 
+def test_a_run_that_its_own_reward_has_stopped_goes_on_with_a_mended_one(mine, capsys, folder):
+    mine("calls = []\ndef score(history, item):\n    calls.append(item)\n"
+         "    return item * 0.1 if len(calls) < 6 else price[item]\n")
+    options = ["--reward", "mine:score", "--rl-steps", "5", "--save-every", "1"]
+    line = refused(capsys, *options, "--out", "here")
+    assert "NameError" in line and line.endswith("; the run so far: --resume here")
+    mine("def score(history, item):\n    return item * 0.1\n")
+    nano.main(["--resume", "here"])
+    mine("def score(history, item):\n    return item * 0.1\n")
+    run(*options, "--out", "whole")
+    assert logged(folder / "here") == logged(folder / "whole")
+
+
 # -- logging -----------------------------------------------------------------------------------------------------------
 
 
@@ -248,12 +261,46 @@ def test_tensorboard_is_told_every_number_at_its_step(mine, folder, monkeypatch)
 
 
 @pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])
+@pytest.mark.parametrize("after", [0, 5], ids=["at once", "in the middle"])
+def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on_without_it(
+        mine, folder, capsys, monkeypatch, library, after):
+    class UsageError(Exception):  # as wandb's, of no kind that we know
+        pass
+
+    def fail(*given, **options):
+        if len(told) == after:
+            raise UsageError("no api key\nconfigured")
+        told.append(given)
+
+    fake, told = types.ModuleType(library), []
+    fake.init, fake.log, fake.__spec__ = fail, fail, "installed"
+    fake.SummaryWriter = lambda place: types.SimpleNamespace(add_scalar=fail) if after else fail()
+    for name in (library, "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    mine("")
+    run("--out", "silent")
+    line = refused(capsys, "--log-to", library, "--out", "here", "--save-every", "1")
+    assert line.startswith("--log-to: no api key configured; mend that, or go on without it: --resume RUN --log-to ''")
+    assert line.endswith("; the run so far: --resume here") or not (after and logged(folder / "here"))
+    nano.main(["--resume", "here", "--log-to", ""])
+    assert logged(folder / "silent") == logged(folder / "here") and len(told) == after
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_library_is_one_line_with_the_command_that_mends_it(mine, folder, capsys, monkeypatch, library):
     find = nano.importlib.util.find_spec
     monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None if name == library else find(name))
     mine("")
     line = refused(capsys, "--log-to", library, "--out", "here")
     assert line == f"--log-to {library}: {library} is not installed; pip install {library}"
+    assert not (folder / "here").exists()
+
+
+def test_without_matplotlib_nothing_is_begun(mine, folder, capsys, monkeypatch):
+    find = nano.importlib.util.find_spec
+    monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    mine("")
+    assert refused(capsys, "--out", "here") == "the figure: matplotlib is not installed; pip install matplotlib"
     assert not (folder / "here").exists()
 
 

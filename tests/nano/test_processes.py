@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import nanoadagrpo as nano
 
-from .helpers import distance, listen, state
+from .helpers import distance, listen, refused, state
 from .shops import jsonl
 from .test_step import CATALOGUE, METHODS, PROMPTS, cfg, policy_of, train
 
@@ -249,6 +249,19 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
         with pytest.raises(nano.UserError, match=rf"{flag} {size}\b.*: 3 processes cannot share"):
             nano.parse(["--toy", other, "9"])
     nano.parse(["--toy", "--sft-batch-size", "9", "--batch-size", "6"])
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "RANK": "0"},
+                                   {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}], ids=str)
+def test_a_part_of_what_torchrun_sets_is_one_line(given, monkeypatch, capsys, tmp_path):
+    """Batch systems and containers export some of it."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    line = refused(capsys, lambda: nano.main(["--toy", "--device", "cpu", "--out", str(tmp_path / "out")]))
+    assert line.startswith("nanoadagrpo: WORLD_SIZE is set, as torchrun sets it: ")
+    assert line.endswith("; start with torchrun, or unset it") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("processes", "local"), [("1", "0"), ("4", "3")])

@@ -552,6 +552,23 @@ def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monk
     assert made(shop / "here") == made(shop / "whole")
 
 
+def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys):
+    """The tokenizers library raises no OSError."""
+    error = Exception("No space left on device (os error 28)")
+    with failing(monkeypatch, nano.transformers.PreTrainedTokenizerFast, "save_pretrained", error, 1):
+        line = refused(capsys, lambda: begin("here"))
+    assert "here/policy: No space left on device" in line and line.endswith("; the run so far: --resume here")
+    resume("here")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+def test_a_run_resumed_from_within_its_folder_has_its_name_in_the_report(shop, monkeypatch):
+    stopped_after(monkeypatch, 4, lambda: begin("here"))
+    monkeypatch.chdir("here")
+    nano.main(["--resume", ".", "--data", "../shop"])
+    assert (shop / "here" / "report.md").read_text().startswith("# here\n")
+
+
 @pytest.mark.parametrize("lines", [1, 4, 9])
 def test_a_folder_that_is_gone_is_one_line(here, monkeypatch, capsys, lines):
     with at_line(monkeypatch, lines, lambda: pathlib.Path("there").rename("elsewhere")):
