@@ -913,7 +913,7 @@ def judge_ranker(ranker, log):
             yes, no = x[counts & label], x[counts & ~label].sort().values
             if len(yes) and len(no):  # equal ones count half
                 below = torch.searchsorted(no, yes) + torch.searchsorted(no, yes, right=True)
-                found[f"{head}_auc"] = below.double().mean().item() / 2 / len(no)
+                found[f"{head}_auc"] = below.sum().item() / (2 * len(yes) * len(no))
     return found
 
 
