@@ -927,14 +927,15 @@ def make_reward(ranker, cfg):
     return reward
 
 
-def own_reward(cfg):
-    """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up."""
-    module, _, name = cfg.reward.partition(":")
-    with users_code(cfg):
-        function = getattr(importlib.import_module(module), name)
+def own_reward(cfg, history, item):
+    """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up.
 
-    @users_code(cfg)
-    def reward(history, item):
+    Whatever goes wrong in the user's code is said in one line, with the place in their file.
+    """
+    sys.path.append(here := os.getcwd())  # modules in the current folder are found too
+    try:
+        module, _, name = cfg.reward.partition(":")
+        function = getattr(importlib.import_module(module), name)
         parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
         if any(map(np.ma.isMaskedArray, parts.values())):
             raise ValueError("a masked array, whose hidden scores torch would read")
@@ -944,19 +945,9 @@ def own_reward(cfg):
         if not all(x[item >= 0].isfinite().all() for x in parts.values()):
             raise ValueError("a score is not finite")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
-
-    return reward
-
-
-@contextlib.contextmanager
-def users_code(cfg):
-    """Whatever goes wrong in the user's code is said in one line, with the place in their file."""
-    sys.path.append(here := os.getcwd())  # modules in the current folder are found too
-    try:
-        yield
     except (Exception, SystemExit) as error:
         place = [f" in {x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)
-                 if x.filename != __file__ and not re.search("importlib|contextlib", x.filename)]
+                 if x.filename != __file__ and "importlib" not in x.filename]
         what = type(error).__name__ + "".join(place[:1])
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected "
                         "package.module:function that gives each item a number (docs/models.md)") from None
@@ -1479,7 +1470,7 @@ def run(cfg):
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
-    reward = own_reward(cfg) if cfg.reward else None
+    reward = functools.partial(own_reward, cfg) if cfg.reward else None
     if reward:  # about two rows, so that its faults show before the supervised steps
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)  # an item, and no item
         reward_of(reward, data.rl.history[:2], one_and_none, [slice(0, 2)])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Own rewards, logging elsewhere, and where the host waits for the GPU."""
 
+import functools
 import json
 import re
 import sys
@@ -41,6 +42,10 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def own_reward(name, **changes):
+    return functools.partial(nano.own_reward, settings(reward=name, **changes))
+
+
 def refused(capsys, *arguments):
     return helpers.refused(capsys, lambda: run(*arguments)).removeprefix("nanoadagrpo: ")
 
@@ -50,7 +55,7 @@ def refused(capsys, *arguments):
 
 def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floor(mine, monkeypatch):
     mine("def score(history, item):\n    assert history.ndim == 2 and item.max() < 9\n    return item * 0.1 + 0.5\n")
-    reward = nano.own_reward(settings(reward="mine:score", floor=-3.0))
+    reward = own_reward("mine:score", floor=-3.0)
     item = torch.tensor([[0, -1, 4], [8, 2, -1]])
     [scores] = reward(torch.zeros(2, 3), item).values()
     torch.testing.assert_close(scores, torch.tensor([[0.5, -3.0, 0.9], [1.3, 0.7, -3.0]]))
@@ -65,7 +70,7 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
                                   "(item * 0.1).requires_grad_()", "(item * 0.1).to(torch.bfloat16)"])
 def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text):
     mine(f"def score(history, item):\n    return {text}\n")
-    reward, item = nano.own_reward(settings(reward="mine:score")), torch.tensor([[0, -1, 4], [8, 2, 3]])
+    reward, item = own_reward("mine:score"), torch.tensor([[0, -1, 4], [8, 2, 3]])
     scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
     assert scores.dtype == torch.float32 and not scores.requires_grad
     torch.testing.assert_close(scores, torch.tensor([[0, 0, 0.4], [0.8, 0.2, 0.3]]), rtol=0, atol=2e-3)
@@ -74,8 +79,8 @@ def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text):
 def test_named_scores_are_summed_and_each_is_logged(mine, folder):
     mine("def score(history, item):\n    return {'a': item * 0.25, 'b': item.numpy() * 0.5}\n"
          "def sum(history, item):\n    return item * 0.75\n")
-    both = nano.own_reward(settings(reward="mine:score", floor=-2.0))
-    whole = nano.own_reward(settings(reward="mine:sum", floor=-2.0))
+    both = own_reward("mine:score", floor=-2.0)
+    whole = own_reward("mine:sum", floor=-2.0)
     item, history = torch.tensor([[0, -1, 4], [8, 2, -1]]), torch.zeros(2, 3)
     (scores, named), (expected, _) = (nano.reward_of(r, history, item, [slice(0, 2)]) for r in (both, whole))
     assert torch.equal(scores, expected)
@@ -100,7 +105,7 @@ def test_a_reward_may_write_into_what_it_is_given_and_into_what_it_gave(mine):
     trained, moved = [], PROMPTS.history.clone()
     for name in "honest", "careless":
         trained.append(train("grpo+nll", cfg(rl_steps=2, micro_batch_size=2),
-                             reward=nano.own_reward(settings(reward=f"mine:{name}")))[0])
+                             reward=own_reward(f"mine:{name}"))[0])
     assert distance(*trained) == 0 and torch.equal(PROMPTS.history, moved)
 
 
@@ -125,7 +130,7 @@ def test_a_reward_may_import_its_neighbours_when_it_is_called_and_leaves_the_pat
     (folder / "neighbour_of_mine.py").write_text("def price(item):\n    return item * 0.5\n")
     mine("def score(history, item):\n    import neighbour_of_mine\n    return neighbour_of_mine.price(item)\n")
     before = [*sys.path]
-    reward = nano.own_reward(settings(reward="mine:score"))
+    reward = own_reward("mine:score")
     [scores] = reward(torch.zeros(1, 2), torch.tensor([[1, 2]])).values()
     assert scores.tolist() == [[0.5, 1.0]] and sys.path == before
     sys.modules.pop("neighbour_of_mine")
@@ -135,7 +140,7 @@ def test_copies_of_an_item_have_equal_rewards_whatever_a_product_rounds_to(mine)
     mine("def score(history, item):\n    place = torch.arange(item.shape[1]) * 1e-7\n"
          "    return {'a': item + place, 'b': item * 0 + place}\n")
     item = torch.tensor([[3, 5, 3, -1, 5, -1], [-1, 2, 2, 2, 7, 3]])
-    reward = nano.own_reward(settings(reward="mine:score", floor=-1.0))
+    reward = own_reward("mine:score", floor=-1.0)
     scores, parts = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
     for row, x in zip(item.tolist(), scores.tolist(), strict=True):
         assert all(len({x[i] for i in range(6) if row[i] == one}) == 1 for one in row)
