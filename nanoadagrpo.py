@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -1504,9 +1505,6 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         log(phase=phase, method=method, step=step, **metrics, **more)
         return metrics
 
-    def copied():
-        return {name: x.clone() for name, x in weights(policy.model).items()}
-
     def numbers(row):
         return {k: x for k, x in row.items() if k not in ("phase", "method", "step", "seconds", "memory")}
 
@@ -1515,13 +1513,13 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if phase != "sft" and (last or step % cfg.eval_every == 0):
             hr = measure("valid", phase, step).get("hr@10")
             if cfg.keep == "best" and hr > checkpoints.best["hr"]:
-                checkpoints.best = dict(step=step, hr=hr, weights=copied())
+                checkpoints.best = dict(step=step, hr=hr, weights=copy.deepcopy(weights(policy.model)))
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, rows, step, optimizer, generators, phase)
 
     if checkpoints.state.get("phase") not in names:
         train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
-    base = checkpoints.base or copied()
+    base = checkpoints.base or copy.deepcopy(weights(policy.model))
     checkpoints.base = base if len(names) > 1 or cfg.keep == "best" else {}  # others start from it
     tested = {row["method"] for row in rows if row["phase"] == "test"}
     start = [numbers(row) for row in rows if row["phase"] == "valid"][:1]  # of the base policy
