@@ -160,7 +160,7 @@ FAULTS = {
     "a table that does not know -1": (
         "price = {i: .1 for i in range(999)}\ndef score(history, item):\n"
         "    return [[price[x] for x in row] for row in item.tolist()]\n", ["KeyError in", "mine.py, line 4: -1;"]),
-    "a masked array": ("import numpy as np\ndef score(history, item):\n    return np.ma.masked_less(item, 0.)\n",
+    "a masked array": ("import numpy as np\ndef score(history, item):\n    return np.ma.masked_less(item.numpy(), 0)\n",
                        ["a masked array"]),
     "the shape of a part": ("def score(history, item):\n    return {'a': item * 0.5, 'b': item.sum(1)}\n", ["(2,)"]),
     "None": ("def score(history, item):\n    pass\n", ["NoneType"]),

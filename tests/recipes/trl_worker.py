@@ -41,6 +41,8 @@ def main(folder, *, dtype=torch.float32, cls=Spy, **settings):
     trainer.train()
     rank = trainer.accelerator.process_index
     np.savez(f"{folder}/rank{rank}.npz", **trainer.noted, gradient=note.gradient, before=before)
+    trainer.accelerator.wait_for_everyone()  # a process whose peer is gone may abort on its way out
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
