@@ -39,6 +39,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -1736,7 +1737,8 @@ def main(argv=None):
             if cfg.device.startswith("cuda"):
                 torch.cuda.set_device(cfg.device)
             with in_one_line(*TORCHRUN):
-                dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+                dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo",
+                                        timeout=datetime.timedelta(days=1))  # one trains the ranker, others wait
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         text, code, process = str(error), 2, os.environ.get("RANK", "0")

@@ -81,9 +81,13 @@ COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %"
 def collect(runs):
     """{row: [{metric: value} of each run]}: the methods in the order of the runs, then the yardsticks."""
     rows = {}
+    tested = []
     for run in runs:
         cfg, lines = read(run)
         found = {line["method"]: line for line in lines if line["phase"] == "test"}
+        tested.append(set(found))
+        if tested[-1] != tested[0]:  # their means, and differences to NLL, would be over other runs
+            raise nano.UserError(f"{run}: other methods were tested than in {runs[0]}; let both runs end")
         data = nano.load_data(cfg.data, cfg)
         test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
         found["popularity"] = serve(popularity(data), test)

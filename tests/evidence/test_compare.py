@@ -87,6 +87,19 @@ def test_runs_that_cannot_be_averaged_are_refused(folder, tmp_path, capsys, sett
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_runs_of_which_one_has_not_ended_are_refused(folder, tmp_path, capsys):
+    """AdaGRPO of the second would be set against NLL of the first."""
+    for seed, names in enumerate((["base", "nll"], ["base", "nll", "adagrpo"])):
+        (tmp_path / f"s{seed}").mkdir()
+        config = dataclasses.asdict(nano.Settings(data=str(folder), seed=seed, device="cpu"))
+        (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps(config))
+        (tmp_path / f"s{seed}" / "metrics.jsonl").write_text("".join(
+            json.dumps({"phase": "test", "method": name, "hr@10": 0.1 * seed}) + "\n" for name in names))
+    with pytest.raises(SystemExit) as end:
+        compare.main([str(tmp_path / "s0"), str(tmp_path / "s1")])
+    assert end.value.code == 2 and "other methods were tested than in" in capsys.readouterr().err
+
+
 def test_runs_may_have_been_made_elsewhere(folder, tmp_path):
     others = {"device": "cpu", "out": "x", "save_every": 7, "log_to": "wandb", "data": f"{folder}/../{folder.name}"}
     for seed, more in enumerate([{"device": "cuda"}, others]):
