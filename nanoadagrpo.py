@@ -132,7 +132,7 @@ class Settings:
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "a tracker beside metrics.jsonl; '' for none", choices="tensorboard wandb trackio")
+    log_to: str = option("", "tracker beside metrics.jsonl; '' for none", choices="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
     dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", choices="auto float32 bfloat16")
 
