@@ -1738,7 +1738,7 @@ def main(argv=None):
                 torch.cuda.set_device(cfg.device)
             with in_one_line(*TORCHRUN):
                 dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo",
-                                        timeout=datetime.timedelta(days=1))  # one trains the ranker, others wait
+                                        timeout=datetime.timedelta(days=1))  # for the ranker of one of them
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         text, code, process = str(error), 2, os.environ.get("RANK", "0")
