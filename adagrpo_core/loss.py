@@ -103,7 +103,7 @@ def length_normalized(token_logp, /, mask=None):
         )
     check_dtype(xp, "token_logp", token_logp, REAL)
     _check_mask(xp, "mask", mask, "token_logp", token_logp)
-    return xp.astype(_token_mean(xp, widen(xp, token_logp), mask, float("nan")), token_logp.dtype, copy=False)
+    return _sequence_mean(xp, token_logp, mask)
 
 
 def nll_loss(target_token_logp, /, mask=None):
@@ -148,8 +148,7 @@ def nll_loss(target_token_logp, /, mask=None):
     xp = namespace({"target_token_logp": target_token_logp}, {"mask": mask})
     check_shape(xp, "target_token_logp", target_token_logp, "B L", {})
     _check_mask(xp, "mask", mask, "target_token_logp", target_token_logp)
-    nll = -_token_mean(xp, widen(xp, target_token_logp), mask, float("nan"))
-    return xp.astype(nll, target_token_logp.dtype, copy=False)
+    return -_sequence_mean(xp, target_token_logp, mask)
 
 
 def grpo_loss(
@@ -437,6 +436,11 @@ def _token_mean(xp, values, mask, empty):
     total = xp.sum(xp.where(mask, values, 0.0), axis=-1)
     number = xp.sum(xp.astype(mask, values.dtype), axis=-1)
     return xp.where(number > 0, total / xp.where(number > 0, number, 1.0), empty)
+
+
+def _sequence_mean(xp, token_logp, mask):
+    """In the dtype of ``token_logp``; NaN where no token counts."""
+    return xp.astype(_token_mean(xp, widen(xp, token_logp), mask, float("nan")), token_logp.dtype, copy=False)
 
 
 def _check_mask(xp, name, mask, like_name, like):

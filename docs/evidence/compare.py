@@ -61,14 +61,21 @@ def read(run):
         return cfg, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_alike(runs):
-    """Runs of other settings, or one twice, would give a mean and a spread that mean nothing."""
-    each = [dataclasses.asdict(read(run)[0]) for run in runs]
-    each = [cfg | {"data": Path(cfg["data"]).resolve()} for cfg in each]
+def tested(lines):
+    """{method: its line}, of the methods that a run has tested."""
+    return {line["method"]: line for line in lines if line["phase"] == "test"}
+
+
+def check_alike(runs, found):
+    """Runs of other settings, or one twice, would give a mean and a spread that mean nothing; an unfinished one,
+    differences to another run's NLL. `found` is what `read` gives of each."""
     free = "seed", "out", "resume", "save_every", "log_to"  # whatever device they were run on
-    for run, cfg in zip(runs, each, strict=True):
+    each = [dataclasses.asdict(cfg) | {"data": Path(cfg.data).resolve()} for cfg, _ in found]
+    for run, cfg, (_, lines) in zip(runs, each, found, strict=True):
         if other := [nano.to_flag(key) for key, x in cfg.items() if x != each[0][key] and key not in free]:
             raise nano.UserError(f"{run}: {', '.join(other)} are not as in {runs[0]}; runs may differ in their seeds")
+        if tested(lines).keys() != tested(found[0][1]).keys():
+            raise nano.UserError(f"{run}: other methods were tested than in {runs[0]}; let both runs end")
     seeds = [cfg["seed"] for cfg in each]
     if len(set(seeds)) < len(seeds):
         raise nano.UserError(f"a seed is there twice: {', '.join(map(str, seeds))}; name one run of each")
@@ -78,21 +85,15 @@ COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %"
            "halluc. %": "hallucination", "sampled %": "sampled_hallucination", "admitted %": "admitted"}
 
 
-def collect(runs):
+def collect(found):
     """{row: [{metric: value} of each run]}: the methods in the order of the runs, then the yardsticks."""
     rows = {}
-    tested = []
-    for run in runs:
-        cfg, lines = read(run)
-        found = {line["method"]: line for line in lines if line["phase"] == "test"}
-        tested.append(set(found))
-        if tested[-1] != tested[0]:  # their means, and differences to NLL, would be over other runs
-            raise nano.UserError(f"{run}: other methods were tested than in {runs[0]}; let both runs end")
+    for cfg, lines in found:
         data = nano.load_data(cfg.data, cfg)
         test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
-        found["popularity"] = serve(popularity(data), test)
-        found["ranker alone"] = serve(ranker_alone(data, dataclasses.replace(cfg, reward="")), test)
-        for name, metrics in found.items():
+        yardsticks = {"popularity": serve(popularity(data), test),
+                      "ranker alone": serve(ranker_alone(data, dataclasses.replace(cfg, reward="")), test)}
+        for name, metrics in (tested(lines) | yardsticks).items():
             rows.setdefault(name, []).append(metrics)
     return rows
 
@@ -141,9 +142,8 @@ def over_runs(each):
     return (steps[0], np.mean(values, 0)), methods
 
 
-def draw(runs, path):
+def draw(found, path):
     """Left the supervised steps, right the methods from there on."""
-    found = [read(run) for run in runs]
     cfg = found[0][0]
     n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
     losses, methods = over_runs([curves(lines, n) for _, lines in found])
@@ -167,13 +167,14 @@ def main(argv=None):
     parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
     args = parser.parse_args(argv)
     try:
-        check_alike(args.runs)
-        rows = collect(args.runs)
+        found = [read(run) for run in args.runs]
+        check_alike(args.runs, found)
+        rows = collect(found)
     except nano.UserError as error:
         parser.error(str(error))
     print(table(rows))
     if args.figure:
-        draw(args.runs, args.figure)
+        draw(found, args.figure)
     return rows
 
 

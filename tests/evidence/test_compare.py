@@ -107,7 +107,8 @@ def test_runs_may_have_been_made_elsewhere(folder, tmp_path):
         config = dataclasses.asdict(nano.Settings(data=str(folder), seed=seed)) | more
         (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps(config))
         (tmp_path / f"s{seed}" / "metrics.jsonl").write_text("")
-    compare.check_alike([tmp_path / "s0", tmp_path / "s1"])
+    runs = [tmp_path / "s0", tmp_path / "s1"]
+    compare.check_alike(runs, [compare.read(run) for run in runs])
 
 
 def test_the_figure_shows_what_was_logged_with_the_standard_error_of_a_share(folder, tmp_path):
