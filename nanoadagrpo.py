@@ -201,9 +201,10 @@ class Policy:
 
     def save(self, folder):
         """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
-        Path(folder).mkdir(parents=True, exist_ok=True)  # fails if a file is there; the next would not
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with in_one_line(folder):  # a full disk is no OSError of the tokenizer's
+            Path(folder).mkdir(parents=True, exist_ok=True)  # fails if a file is there; the next would not
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
 
 def prefill(policy, history, target=None):
@@ -1520,8 +1521,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
 
     if checkpoints.state.get("phase") not in names:
         train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
-    base = checkpoints.base or copy.deepcopy(weights(policy.model))
-    checkpoints.base = base if len(names) > 1 or cfg.keep == "best" else {}  # others start from it
+    if not checkpoints.base and (len(names) > 1 or cfg.keep == "best"):  # they begin at it, or may end there
+        checkpoints.base = copy.deepcopy(weights(policy.model))
     tested = {row["method"] for row in rows if row["phase"] == "test"}
     start = [numbers(row) for row in rows if row["phase"] == "valid"][:1]  # of the base policy
     if not tested:
@@ -1532,7 +1533,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         measure("test", "base", 0)
     for name in [name for name in names if name not in tested]:
         if checkpoints.state.get("phase") != name:
-            policy.model.load_state_dict(base, strict=False)
+            policy.model.load_state_dict(checkpoints.base, strict=False)
             log(phase="valid", method=name, step=0, **start[0])
             checkpoints.best = dict(step=0, hr=start[0].get("hr@10"), weights={})  # the base
         train_rl(policy, reward, data.rl, cfg, name, log, checkpoints.restore, on_step)
@@ -1540,11 +1541,10 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
         kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
         if kept:
-            policy.model.load_state_dict(checkpoints.best["weights"] or base, strict=False)
+            policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
         if rank() == 0:
-            with in_one_line(f"{out}/policy"):  # a full disk is no OSError of the tokenizer's
-                policy.save(out / "policy" / (name if len(names) > 1 else ""))
+            policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
     results = {row["method"]: numbers(row) for row in rows if row["phase"] == "test"}
     if rank() == 0:

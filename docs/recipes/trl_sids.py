@@ -43,7 +43,7 @@ def parse(argv):
     run, out, seed = (given.pop(name) for name in ("run", "out", "seed"))
     saved = json.loads((run / "config.json").read_text())
     if saved["reward"] or saved["updates"] != 1:
-        raise ValueError(f"{run}: --reward and --updates are not known here, where the run's own ranker trains")
+        parser.error(f"{run}: --reward and --updates are not known here, where the run's own ranker trains")
     saved["rl_steps"] = saved["rl_steps"] or nano.Settings.rl_steps  # the run may have had none
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     cfg = nano.Settings(**saved | given | dict(device=device, toy=saved["toy"] and "data" not in given))

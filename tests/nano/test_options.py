@@ -286,7 +286,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on_without_it(
     run("--out", "silent")
     line = refused(capsys, "--log-to", library, "--out", "here", "--save-every", "1")
     assert line.startswith("--log-to: no api key configured; mend that, or go on without it: --resume RUN --log-to ''")
-    assert line.endswith("; the run so far: --resume here") or not (after and logged(folder / "here"))
+    assert line.endswith("; the run so far: --resume here") == bool(after)  # there is none at once
     nano.main(["--resume", "here", "--log-to", ""])
     assert logged(folder / "silent") == logged(folder / "here") and len(told) == after
 

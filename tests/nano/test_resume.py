@@ -560,6 +560,9 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_the_run_can_go_on(
     assert "here/policy: No space left on device" in line and line.endswith("; the run so far: --resume here")
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
+    with failing(monkeypatch, nano.transformers.PreTrainedTokenizerFast, "save_pretrained", error, 1):
+        line = refused(capsys, lambda: begin("evaluated", "--rl-steps", "0"))  # the base policy is saved elsewhere
+    assert "evaluated/policy: No space left" in line and line.endswith("; the run so far: --resume evaluated")
 
 
 def test_a_run_resumed_from_within_its_folder_has_its_name_in_the_report(shop, monkeypatch):

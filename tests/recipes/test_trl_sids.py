@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """TRL on Semantic IDs, whole: from a run of nanoadagrpo.py to its table; one step against the script's own step."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -72,6 +73,17 @@ def load(shop, out):
     ranker = nano.Ranker(data.catalogue, heads=2)
     ranker.load_state_dict(load_file(run / "ranker.safetensors"))
     return cfg, data, ranker, trl_sids.load_policy(run / "policy", data.catalogue, cfg)
+
+
+@pytest.mark.parametrize("given", [{"reward": "mine:score"}, {"updates": 2}], ids=str)
+def test_a_run_with_settings_that_are_not_known_here_is_refused(tmp_path, capsys, given):
+    import trl_sids
+
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data="shop")) | given))
+    with pytest.raises(SystemExit) as end:
+        trl_sids.parse(["--run", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert end.value.code == 2 and "--reward and --updates are not known here" in capsys.readouterr().err
+
 
 
 def scripts_gradient(shop, out, noted, monkeypatch, **changes):
