@@ -19,6 +19,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -46,7 +47,8 @@ import adagrpo_core as core  # noqa: E402
 import nanoadagrpo as nano  # noqa: E402
 from nanoadagrpo import UserError  # noqa: E402
 
-RATES, LAMBDAS = (1e-4, 3e-4, 1e-3), {"grpo+nll": (0.3, 1.0, 5.0), "adagrpo": (5.0, 15.0)}  # tried by --tune
+# Tried by --tune: as many values of lambda for the gate as without it.
+RATES, LAMBDAS, TUNED = (3e-5, 1e-4, 3e-4, 1e-3), (0.3, 1.0, 5.0, 15.0, 50.0), ("grpo+nll", "adagrpo")
 SIZES = {
     "default": nano.Settings(toy=True, device="cpu", sft_steps=2000, sft_batch_size=64, rl_steps=100, batch_size=32,
                              eval_prompts=1000, eval_every=500),
@@ -108,9 +110,26 @@ def prepare(cfg, yahoo, folder, tuning):
                  torch.from_numpy(item[which]), liked[which])
 
 
+def serve(policy, ranker, prompts, cfg):
+    """(n, W) beams without items of the prompt's history, most likely first, -1 behind their end; and `evaluate`'s two.
+
+    What is known to be liked is not served again, by no policy and no yardstick. The search is wider by a history, so
+    that W may be left of it.
+    """
+    wider = dataclasses.replace(cfg, beam_width=cfg.beam_width + cfg.max_history)
+    metrics, each = nano.evaluate(policy, ranker, prompts, wider)
+    known = (each["item"][:, :, None] == prompts.history[:, None]).any(2)
+    return measure.top(each["item"].masked_fill(known, -1).numpy(), cfg.beam_width), metrics, each
+
+
+def hit(served, target):
+    """(n,) is the target among the first ten that are served?"""
+    return (served[:, :10] == target[:, None]).any(1)
+
+
 def validate(policy, ranker, prompts, cfg):
-    """HR@10 on validation, which needs ten beams."""
-    return nano.evaluate(policy, ranker, prompts, dataclasses.replace(cfg, beam_width=10))[0]["hr@10"]
+    """HR@10 on validation, of what would be served in the test."""
+    return float(hit(serve(policy, ranker, prompts, cfg)[0], prompts.target.numpy()).mean())
 
 
 def base_policy(policy, data, ranker, valid, cfg, folder):
@@ -154,7 +173,7 @@ def per_user(score, item, liked, served, target, mass=None):
     P@k is the like rate of the random items among the first k served, a ratio of two sums over users: nobody chose to
     rate these, so it says what those who did not choose would have said. mass: see `judge`.
     """
-    columns = [(served[:, :10] == target[:, None]).any(1), auc(score, liked), ndcg(score, liked)]
+    columns = [hit(served, target), auc(score, liked), ndcg(score, liked)]
     for k in (10, 50):
         among = (item[:, :, None] == served[:, None, :k]).any(2)
         columns += [(among & liked).sum(1), among.sum(1)]
@@ -176,8 +195,7 @@ def judge(setup, ranker, power=1):
     With a power of 3 the policy's probabilities are sharpened to the third power before samples are drawn: its order
     and what it serves stay as they are. All but a trace of the third powers lies in the beams, which are summed over.
     """
-    metrics, each = nano.evaluate(setup.policy, ranker, setup.judged, setup.cfg)
-    served = measure.top(each["item"].numpy(), 50)
+    served, metrics, each = serve(setup.policy, ranker, setup.judged, setup.cfg)
     logp = item_logp(setup.policy, setup.judged.history, setup.item)
     total = np.exp(power * setup.policy.catalogue.L * each["logp"].numpy()).sum(1, keepdims=True) if power > 1 else 1.0
     mass = np.exp(power * logp) / total
@@ -282,10 +300,10 @@ class Arm(NamedTuple):
 
 
 def plan(doses):
-    """The arms of every seed. The gate of D and R has its random control at the lambda that validation chose for it."""
+    """The arms of every seed, each at its dose. A random gate has the lambda that validation chose for the gate."""
     lr, found = doses["lr"], [Arm("nll", doses["lr"])]
     for reward in REWARDS[:2]:
-        found += [Arm(name, lr, reward, lam) for name, lams in LAMBDAS.items() for lam in lams]
+        found += [Arm(name, lr, reward, doses[reward][name]) for name in TUNED]
         found.append(Arm("random-gate", lr, reward, doses[reward]["adagrpo"]))
         found += [Arm(name, lr, reward, 5.0) for name in ("adagrpo-r", "random-r", "anti-r")]
     return found
@@ -359,7 +377,23 @@ def work_through(args, out, arms, tuning=False):
     run.side_by_side(one_seed, tasks, args.jobs)
 
 
-def tune(args):
+def origin(args):
+    """What the units depend on: settings, ratings, and the code that makes them."""
+    ratings = hashlib.sha256(b"".join((args.yahoo / name).read_bytes() for name in real_data.FILES)).hexdigest()
+    return {"settings": dataclasses.asdict(SIZES[args.size]), "ratings": ratings,
+            "code": run.code_of("real.py", "real_data.py", "measure.py", "arithmetic.py")}
+
+
+def read_doses(path, made):
+    """What --tune wrote; refused where it was found with other ratings or settings."""
+    doses = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in ("settings", "ratings") if doses.get(key) != made[key]]
+    if changed:
+        raise UserError(f"--dose {path}: was chosen for other {' and '.join(changed)}; run --tune again")
+    return doses
+
+
+def tune(args, made):
     """The learning rate at which NLL continued does best, then each method's lambda: by HR@10 on validation alone."""
     out = args.out / "tune"
 
@@ -368,12 +402,11 @@ def tune(args):
         return {arm: [run.load(out, seed, arm.label)["valid"] for seed in args.seeds] for arm in arms}
 
     found = tried([Arm("nll", lr) for lr in RATES])
-    page = {"seeds": args.seeds, "lr": choose_dose({arm.lr: hits for arm, hits in found.items()})}
-    found |= tried([Arm(name, page["lr"], reward, lam) for reward in REWARDS[:2]
-                    for name, lams in LAMBDAS.items() for lam in lams])
+    page = {"seeds": args.seeds, **made, "lr": choose_dose({arm.lr: hits for arm, hits in found.items()})}
+    found |= tried([Arm(name, page["lr"], reward, lam) for reward in REWARDS[:2] for name in TUNED for lam in LAMBDAS])
     for reward in REWARDS[:2]:
         page[reward] = {name: choose_dose({arm.lam: hits for arm, hits in found.items()
-                                           if (arm.reward, arm.name) == (reward, name)}) for name in LAMBDAS}
+                                           if (arm.reward, arm.name) == (reward, name)}) for name in TUNED}
     curves = [json.loads((out / f"seed-{seed}" / "curve.json").read_text()) for seed in args.seeds]
     valid = {"base": [max(point["hr@10"] for point in curve) for curve in curves]}
     valid |= {arm.label: hits for arm, hits in found.items()}
@@ -410,12 +443,11 @@ def main(argv=None):
     try:
         args = parse(argv)
         real_data.read(args.yahoo)
-        cfg = SIZES[args.size]
-        code = run.code_of("real.py", "real_data.py", "measure.py")
-        run.same_origin(args.out, {"settings": dataclasses.asdict(cfg), "code": code})
+        cfg, made = SIZES[args.size], origin(args)
+        run.same_origin(args.out, made)
         if args.tune:
-            return tune(args)
-        doses = json.loads(args.dose.read_text(encoding="utf-8"))
+            return tune(args, made)
+        doses = read_doses(args.dose, made)
         arms = plan(doses)
         work_through(args, args.out, [None, *arms])
         results = Results(args.seeds, doses, [run.load(args.out, seed, "base") for seed in args.seeds],

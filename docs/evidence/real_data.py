@@ -14,6 +14,7 @@ from sklearn.decomposition import TruncatedSVD
 
 from nanoadagrpo import UserError
 
+FILES = "user.txt", "random.txt"
 NEGATIVES, ROWS = 15, 16  # beside a like; rated items in a row of the exposure log, at most
 
 
@@ -33,7 +34,7 @@ class Split(NamedTuple):
 def read(folder):
     try:
         chosen, random = (np.loadtxt(Path(folder) / name, int, delimiter=",", ndmin=2)
-                          for name in ("user.txt", "random.txt"))
+                          for name in FILES)
         users, n = np.unique(random[:, 0], return_counts=True)
         if chosen.shape[1] != 3 or random.shape[1] != 3 or len({*n}) != 1:
             raise ValueError("not three columns, or not equally many random items for each user")

@@ -77,9 +77,7 @@ class Results(NamedTuple):
         return np.stack([unit["arrays"]["each"] for unit in self.arms[arm]])
 
     def arm(self, name, reward):
-        """The arm of this name at its lambda: that which validation chose, or the one that there is."""
-        found = [arm for arm in self.arms if arm.name == name and arm.reward in (reward, "")]
-        return next((arm for arm in found if arm.lam == self.doses[reward].get(name)), found[0])
+        return next(arm for arm in self.arms if arm.name == name and arm.reward in (reward, ""))
 
 
 def mean(units, *keys):

@@ -192,7 +192,7 @@ def fingerprint(size):
     """What the units depend on: settings, world, and the code that makes them. Not the code that reports them."""
     cfg, world, widths = SIZES[size]
     return {"settings": dataclasses.asdict(cfg), "world": dataclasses.asdict(world), "widths": widths,
-            "code": code_of("measure.py")}
+            "code": code_of("measure.py", "arithmetic.py")}
 
 
 def same_origin(out, made):

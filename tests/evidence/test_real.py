@@ -246,7 +246,7 @@ def finished(yahoo, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(real.SIZES, "small", CFG)
         patch.setattr(real, "RATES", (1e-3,))
-        patch.setattr(real, "LAMBDAS", {"grpo+nll": (1.0,), "adagrpo": (5.0,)})
+        patch.setattr(real, "LAMBDAS", (5.0,))
         doses = real.main(["--tune", "--seeds", "2", *common])
         whole = interrupted_at(patch, real, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -268,7 +268,45 @@ def test_tuning_judges_by_validation_alone(finished):
     out, _, _, doses = finished
     units = [json.loads(path.read_text()) for path in (out / "tune" / "seed-2").glob("*_*.json")]
     assert len(units) == 5 and not any("final" in unit for unit in units) and not list(out.glob("tune/seed-2/*_*.npz"))
-    assert doses["lr"] == 1e-3 and doses["rated"] == {"grpo+nll": 1.0, "adagrpo": 5.0}
+    assert doses["lr"] == 1e-3 and doses["rated"] == {"grpo+nll": 5.0, "adagrpo": 5.0}
+
+
+def test_units_and_doses_of_other_ratings_are_refused(finished, tmp_path, capsys):
+    """One rating has changed: what was chosen and what was trained are of no use to it."""
+    out, *_ = finished
+    other = ratings_in(tmp_path / "other")
+    lines = (other / "user.txt").read_text().splitlines()
+    user, item, rating = lines[0].split(",")
+    (other / "user.txt").write_text("\n".join([f"{user},{item},{6 - int(rating) or 1}", *lines[1:]]) + "\n")
+    common = ["--yahoo", str(other), "--size", "small", "--seeds", "100", "--dose", str(out / "dose.json"), "--out"]
+    for folder, message in ((out, "holds units of other ratings"), (tmp_path / "new", "was chosen for other")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setitem(real.SIZES, "small", CFG)
+            real.main([*common, str(folder)])
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_what_is_served_and_validated_holds_no_item_of_the_history():
+    """The policy would say an item of the history first; it is passed over, as yardsticks do, and W are left."""
+    catalogue = nano.Catalogue([(a, b) for a in range(4) for b in range(4)])
+    cfg = dataclasses.replace(CFG, beam_width=5, max_history=3, eval_batch_size=7, constrained=True)
+    g = torch.Generator().manual_seed(0)
+    history = torch.rand(20, 16, generator=g).argsort(1)[:, :4]
+    prompts = nano.Prompts(history[:, :3].clone(), history[:, 3].clone(), torch.arange(20))
+    prompts.history[3, :2] = -1
+    policy, ranker = nano.tiny_policy(catalogue, cfg), nano.Ranker(catalogue, heads=1)
+    served, _, _ = real.serve(policy, ranker, prompts, cfg)
+    _, wide = nano.evaluate(policy, ranker, prompts, dataclasses.replace(cfg, beam_width=8))
+    passed, hits = 0, []
+    for past, items, found, target in zip(prompts.history.tolist(), wide["item"].tolist(), served.tolist(),
+                                          prompts.target.tolist(), strict=True):
+        expected = [item for item in items if item >= 0 and item not in past][:5]
+        assert found == expected + [-1] * (5 - len(expected))
+        passed += bool({*past} & {*items})
+        hits.append(target in expected)
+    assert passed > 5 and 0 < sum(hits) < 20
+    assert real.validate(policy, ranker, prompts, cfg) == pytest.approx(np.mean(hits))
 
 
 def test_gates_of_one_rate_admit_equally_many(finished):
