@@ -30,7 +30,10 @@ def adagrpo_step(hidden, weight, tokens, mask, rewards, negative_rewards, **gate
     rewards (B, K+1), negative_rewards (B, M).
     """
     logp = core.group(likelihood(hidden, weight, tokens, mask), rewards.shape[1])
-    advantages, admitted = advantage_rows(logp, rewards.to(logp.dtype), negative_rewards.to(logp.dtype), **gate)
+    rows = core.group(torch.where(mask.bool(), tokens, -1), rewards.shape[1])  # (B, K+1, L)
+    repeats = (rows[:, :-1] == rows[:, -1:]).all(-1)
+    given = logp, rewards.to(logp.dtype), negative_rewards.to(logp.dtype), repeats
+    advantages, admitted = advantage_rows(*given, **gate)
     # Without old_per_token_logps the loss takes the ratio to be 1, which is what the rows need.
     loss, _ = fused(hidden, weight, tokens, mask.int(), core.ungroup(advantages))
     return loss, logp, admitted

@@ -14,7 +14,7 @@ The label of a prompt is its ground truth as text. To adapt: `truth_ids`, `score
 """
 
 import torch
-from extra_row import advantage_rows, core, negative_rows, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, which_core
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 GATE = {"lam": 1.0, "ties": "min"}
@@ -34,6 +34,7 @@ def score(prompts, responses, labels):
 class AdaGRPOExperienceMaker(RemoteExperienceMaker):
     def __init__(self, *positional, **keyword):
         super().__init__(*positional, **keyword)
+        self.generator = torch.Generator().manual_seed(self.args.train.seed)  # draws the negatives
         print(which_core())
 
     def make_experience_batch(self, rollout_samples):
@@ -57,7 +58,8 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
         experiences = super().compute_advantages_and_returns(experiences)  # OpenRLHF's own, to be replaced
         k = self.args.rollout.n_samples_per_prompt - 1
         order = torch.tensor([row for batch in experiences for row in batch.index]).argsort()  # groups side by side
-        logp = [core.length_normalized(batch.action_log_probs, batch.action_mask.bool()) for batch in experiences]
+        token_logp = [(batch.action_log_probs.float(), batch.action_mask.bool()) for batch in experiences]
+        logp = [core.length_normalized(*each) for each in token_logp]
         rewards = torch.cat([batch.rewards for batch in experiences])[order]
         rows = [
             (prompt, sequence[1:][mask.bool()].tolist(), label)
@@ -68,13 +70,17 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
         ]
         rows = [rows[row] for row in order]
         B = len(rows) // (k + 1)
-        drawn = negative_rows(torch.rand(B, B * k), k=k, m=NEGATIVES).tolist()
-        pairs = [(rows[b * (k + 1)], rows[row]) for b in range(B) for row in drawn[b]]
-        scores = score([own[0] for own, _ in pairs], [other[1] for _, other in pairs], [own[2] for own, _ in pairs])
-        negatives = torch.tensor(scores, dtype=rewards.dtype).reshape(B, NEGATIVES)
+        negatives = torch.full((B, NEGATIVES), torch.nan)
+        if B > 1:  # a last batch of one prompt has no other prompts: nobody is admitted
+            drawn = negative_rows(torch.rand(B, B * k, generator=self.generator), k=k, m=NEGATIVES).tolist()
+            pairs = [(rows[b * (k + 1)], rows[row]) for b in range(B) for row in drawn[b]]
+            scores = score([own[0] for own, _ in pairs], [other[1] for _, other in pairs], [own[2] for own, _ in pairs])
+            negatives = torch.tensor(scores).reshape(B, NEGATIVES)
 
-        grouped = core.group(torch.cat(logp)[order].to(rewards.dtype), k + 1), core.group(rewards, k + 1)
-        advantages, admitted = advantage_rows(*grouped, negatives, **GATE)
+        logp, rewards, negatives = (x.float() for x in (torch.cat(logp)[order], rewards, negatives))
+        repeats = torch.tensor(repeats_of_truth([tokens for _, tokens, _ in rows], k))
+        grouped = core.group(logp, k + 1), core.group(rewards, k + 1), negatives, repeats
+        advantages, admitted = advantage_rows(*grouped, **GATE)
         advantages = core.ungroup(advantages)[order.argsort()].split([len(batch.index) for batch in experiences])
         each = admitted.float().repeat_interleave(k + 1)[order.argsort()].split([len(a) for a in advantages])
         for batch, rows_of_batch, open_gate in zip(experiences, advantages, each, strict=True):

@@ -5,13 +5,18 @@ Your dataset gets a column ``target_ids``, the tokens of the ground truth exactl
 the end-of-sequence token where rollouts end by one). num_generations is K+1: one rollout of each group gives way to
 the ground truth. The reward function is called twice, for the group and for the negatives. See trl_run.py.
 
+Not for agents: with rollout_func, tools or environments a completion is more than one generation, and the ground truth
+would not stand where it should. Each batch is checked for it.
+
 TRL shuffles rows after generation and deals groups out over micro-batches and processes. That is harmless: a row
 carries its advantage with it, and the loss is a mean over rows.
 """
 
+from collections import defaultdict
+
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, core, negative_rows, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, which_core
 from trl import GRPOTrainer
 
 
@@ -20,6 +25,7 @@ class AdaGRPOTrainer(GRPOTrainer):
         """negatives: M, at most K+1. gate: settings of advantage_rows, such as {"lam": 0.5, "ties": "max"}."""
         needed = {"loss_type": "grpo", "beta": 0.0, "temperature": 1.0, "num_iterations": 1, "entropy_coef": 0.0,
                   "use_adaptive_entropy": False, "top_entropy_quantile": 1.0, "mask_truncated_completions": False,
+                  "off_policy_mask_threshold": None, "disable_dropout": True,
                   "steps_per_generation": args.gradient_accumulation_steps}  # fmt: skip
         for name, value in needed.items():
             if getattr(args, name) != value:
@@ -34,10 +40,13 @@ class AdaGRPOTrainer(GRPOTrainer):
         """Where this process's n rows stand in the whole batch."""
         return range(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
 
+    def _is_truth(self, position):
+        return (position + 1) % self.num_generations == 0
+
     def _generate_single_turn(self, *args, **kwargs):
         ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         for row, position in enumerate(self._positions(len(ids))):
-            if self.model.training and (position + 1) % self.num_generations == 0:
+            if self.model.training and self._is_truth(position):
                 ids[row] = list(self._targets[row])
                 if logprobs is not None:  # vLLM's; without any, TRL takes the ratio to the sampler to be 1
                     logprobs[row] = [None] * len(ids[row])
@@ -49,16 +58,25 @@ class AdaGRPOTrainer(GRPOTrainer):
             total = (each * self.reward_weights.to(each.device)).nansum(1)
             return each, core.group(total.masked_fill(each.isnan().all(1), torch.nan), self.num_generations)
 
+        if not self.model.training:  # groups of num_generations_eval rows, no truth among them
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for position, ids, truth in zip(self._positions(len(prompts)), completion_ids_list, self._targets, strict=True):
+            if self._is_truth(position) and list(ids) != list(truth):
+                raise ValueError("the last completion of a group is not its target_ids: rollout_func, tools and "
+                                 "environments do not go with this recipe")  # fmt: skip
         each, total = score(completions, completion_ids_list)  # of all processes
-        if self.model.training:
-            texts, ids = gather_object(completions), gather_object(completion_ids_list)
-            B, K = total.shape[0], total.shape[1] - 1
-            make = torch.Generator().manual_seed(self.args.seed + self.state.global_step)  # the same on every process
-            rows = negative_rows(torch.rand(B, B * K, generator=make), k=K, m=self.negatives).tolist()
-            # Every row scores one negative under its own prompt: groups may be split, so each process scores its own.
-            mine = [rows[p // (K + 1)][p % (K + 1) % self.negatives] for p in self._positions(len(prompts))]
-            _, negative = score([texts[row] for row in mine], [ids[row] for row in mine])
-            self._rewards = total, negative[:, : self.negatives]
+        texts, ids = gather_object(completions), gather_object(completion_ids_list)
+        B, K = total.shape[0], total.shape[1] - 1
+        make = torch.Generator().manual_seed(self.args.seed + self.state.global_step)  # the same on every process
+        rows = negative_rows(torch.rand(B, B * K, generator=make), k=K, m=self.negatives).tolist()
+        # Every row scores one negative under its own prompt: groups may be split, so each process scores its own.
+        mine = [rows[p // (K + 1)][p % (K + 1) % self.negatives] for p in self._positions(len(prompts))]
+        logged = self._pending_extra_logs, self._pending_metrics  # what the reward logs is of the group alone
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
+        _, negative = score([texts[row] for row in mine], [ids[row] for row in mine])
+        self._pending_extra_logs, self._pending_metrics = logged
+        repeats = torch.tensor(repeats_of_truth(ids, K), device=total.device)
+        self._rewards = total, negative[:, : self.negatives], repeats
         return each
 
     def _generate_and_score_completions(self, inputs):
@@ -71,7 +89,7 @@ class AdaGRPOTrainer(GRPOTrainer):
         length, chunk = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
         with torch.no_grad():
             logp = self._get_per_token_logps_and_entropies(self.model, ids, attend, length, batch_size=chunk)[0]
-        logp = gather(core.length_normalized(logp, batch["completion_mask"].bool()))
+        logp = gather(core.length_normalized(logp.float(), batch["completion_mask"].bool()))
         logp = core.group(logp, self.num_generations)  # (B, K+1)
         advantages, admitted = advantage_rows(logp, *self._rewards, **self.gate)
         here = self._positions(len(inputs))

@@ -43,7 +43,7 @@ def trainer(output_dir, cls=AdaGRPOTrainer, dtype=torch.float32, negatives=1, ga
     usual = {"per_device_train_batch_size": 18, "gradient_accumulation_steps": 1, "num_generations": 6,
              "max_completion_length": LEVELS + 1, "loss_type": "grpo", "learning_rate": 3e-3, "max_steps": 40,
              "logging_steps": 10, "use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False,
-             "disable_tqdm": True}  # fmt: skip
+             "disable_dropout": True, "disable_tqdm": True}  # fmt: skip
     return cls(
         model=model,
         reward_funcs=reward,

@@ -44,6 +44,9 @@ def parse(argv):
     saved = json.loads((run / "config.json").read_text())
     if saved["reward"] or saved["updates"] != 1:
         parser.error(f"{run}: --reward and --updates are not known here, where the run's own ranker trains")
+    processes, batch_size = int(os.environ.get("WORLD_SIZE", 1)), given.get("batch_size", saved["batch_size"])
+    if batch_size % processes:
+        parser.error(f"--batch-size {batch_size}: {processes} processes cannot share it equally")
     saved["rl_steps"] = saved["rl_steps"] or nano.Settings.rl_steps  # the run may have had none
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     cfg = nano.Settings(**saved | given | dict(device=device, toy=saved["toy"] and "data" not in given))

@@ -6,6 +6,9 @@ prompts. So override GRPOLearner._generate_and_compute_advantage: call it, then 
 and the negatives with your reward functions, take log-probabilities from rl_cluster.get_old_per_token_logps, and
 return `with_advantages`. GRPOConfig: num_generations=K+1, num_iterations=1, beta=0, temperature 1, and
 loss_agg_mode="sequence-mean-token-mean" (its default).
+
+Draw the negatives from the whole batch, before Tunix splits it (`negative_rows` of extra_row.py): a micro-batch of one
+prompt has no other prompt in it.
 """
 
 import jax.numpy as jnp
@@ -24,6 +27,9 @@ def with_advantages(example, token_logp, rewards, negative_rewards, *, k, **gate
 
     token_logp (B*(k+1), L) of the policy that sampled; rewards (B*(k+1),), truth last; negative_rewards (B, M).
     """
-    likelihood = core.group(core.length_normalized(token_logp, example.completion_mask), k + 1)
-    advantages, admitted = advantage_rows(likelihood, core.group(rewards, k + 1), negative_rewards, **gate)
+    mask = example.completion_mask
+    likelihood = core.group(core.length_normalized(token_logp.astype(jnp.float32), mask), k + 1)
+    rows = core.group(jnp.where(mask, example.completion_ids, -1), k + 1)  # (B, K+1, L)
+    repeats = (rows[:, :-1] == rows[:, -1:]).all(-1)
+    advantages, admitted = advantage_rows(likelihood, core.group(rewards, k + 1), negative_rewards, repeats, **gate)
     return example.replace(advantages=core.ungroup(advantages)), admitted

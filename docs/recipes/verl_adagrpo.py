@@ -17,7 +17,7 @@ rows, which group_by refuses as a ragged group.
 import numpy as np
 import torch
 import transfer_queue as tq
-from extra_row import advantage_rows, negative_rows
+from extra_row import advantage_rows, negative_rows, repeats_of_truth
 from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
@@ -65,7 +65,7 @@ class AdaGRPOTrainer(PPOTrainerSync):
         k = self.config.actor_rollout_ref.rollout.n - 1
         likelihood, reward = (
             core.group(x[torch.from_numpy(order)], k + 1)
-            for x in (core.length_normalized(logp, mask.bool()), rewards.sum(-1))
+            for x in (core.length_normalized(logp.float(), mask.bool()), rewards.float().sum(-1))
         )
         B = len(order) // (k + 1)
         make = torch.Generator().manual_seed(self.global_steps)
@@ -73,7 +73,8 @@ class AdaGRPOTrainer(PPOTrainerSync):
         own = [prompts[order[b * (k + 1)]] for b in range(B) for _ in range(NEGATIVES)]
         negative = torch.as_tensor(score(own, [responses[row] for row in rows.flatten()])).reshape(B, NEGATIVES)
 
-        sorted_rows, admitted = advantage_rows(likelihood, reward, negative.to(reward.dtype), **GATE)
+        repeats = torch.tensor(repeats_of_truth([responses[row] for row in order], k))
+        sorted_rows, admitted = advantage_rows(likelihood, reward, negative.float(), repeats, **GATE)
         advantages = core.ungroup(sorted_rows)[torch.from_numpy(np.argsort(order))]  # in verl's order again
         metrics["adagrpo/nll"] = -likelihood[:, -1].mean().item()
         metrics["adagrpo/admitted"] = admitted.float().mean().item()

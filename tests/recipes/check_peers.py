@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
+OPTIONS = ["-q", "-s", "-m", "peers", "-o", "addopts="]  # without the project's own, which ask for pytest-xdist
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def check(name, folder, base, *, exact):
             return "NOT INSTALLED", "", done.stdout[-2000:]
     code = f"from importlib.metadata import version; print(version({peer.package!r}))"
     version = run([python, "-c", code]).stdout.strip()
-    done = run([python, "-m", "pytest", "-q", "-s", "-m", "peers", f"tests/recipes/test_{name}.py"])
+    done = run([python, "-m", "pytest", *OPTIONS, f"tests/recipes/test_{name}.py"])
     if done.returncode:
         return "BROKEN", version, done.stdout[-4000:]
     measured = "gradient differs", "gradient is off"

@@ -4,9 +4,12 @@
 The stack is the clipped surrogate that all of them share, in its two ways of averaging.
 """
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from case import GATE, K, by_hand, in_stack, make, moved, relative
+from extra_row import advantage_rows, repeats_of_truth
 
 import adagrpo_core as core
 
@@ -41,6 +44,41 @@ def explicit(case, W, **settings):
     )
     out.loss.mean().backward()
     return W.grad
+
+
+@pytest.mark.parametrize("noise", [0, 2e-3])
+@pytest.mark.parametrize("backend", [np.asarray, torch.from_numpy, jnp.asarray])
+def test_rollouts_that_repeat_the_truth_never_beat_it_however_they_were_rounded(backend, noise):
+    """Half of the rollouts repeat the truth, and bfloat16 has rounded them up. The others are less likely."""
+    rng, k = np.random.default_rng(0), 16
+    responses = [[*rng.permutation(9)[:3].tolist()] for _ in range(5 * (k + 1))]
+    logp = rng.uniform(-9, -5, (5, k + 1)).astype(np.float32)
+    for b in range(5):
+        for row in range(k):
+            if row % 2:
+                responses[b * (k + 1) + row] = [*responses[b * (k + 1) + k]]
+                logp[b, row] = logp[b, k] + noise * rng.uniform(0.5, 1)
+        logp[b, k] = -4.0
+        logp[b, 1:k:2] = -4.0 + noise * rng.uniform(0.5, 1, k // 2)
+    repeats = np.array(repeats_of_truth(responses, k))
+    assert repeats[:, 1::2].all() and repeats.sum() < 5 * k
+    rewards, negatives = rng.normal(size=(5, k + 1)).astype(np.float32), np.full((5, 1), -9, np.float32)
+    rewards[:, k] = 9.0
+    given = [backend(x) for x in (logp, rewards, negatives)]
+    assert advantage_rows(*given)[1].tolist() == [bool(noise)] * 5  # by tol alone
+    assert advantage_rows(*given, backend(repeats))[1].tolist() == [False] * 5  # they are easy
+    for b in range(5):  # and a truth that others beat stays difficult
+        logp[b, 0:k:2] = -3.0
+    advantages, admitted = advantage_rows(backend(logp), *given[1:], backend(repeats))
+    assert admitted.tolist() == [True] * 5
+    np.testing.assert_array_equal(advantages, advantage_rows(backend(logp), *given[1:])[0])
+
+
+def test_a_prompt_without_negatives_is_not_admitted():
+    case = make()
+    case.negative_rewards[:] = torch.nan
+    advantages, admitted = case.rows()
+    assert not admitted.any() and advantages.reshape(-1, K + 1)[:, :K].eq(0).all()
 
 
 @pytest.mark.parametrize("ragged, token_mean", [(False, False), (False, True), (True, False)])

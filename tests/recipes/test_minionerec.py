@@ -17,6 +17,20 @@ def minionerec_loss(logp, old, advantages, mask):
     return ((per_token * mask).sum(1) / mask.sum(1)).mean()
 
 
+def trainer_of(case, ranker, process=0, logp=None):
+    return SimpleNamespace(
+        num_generations=K + 1,
+        model=None,
+        _get_per_token_logps=lambda model, ids, attend, length: case.logp(case.start) if logp is None else logp,
+        args=SimpleNamespace(seed=0),
+        state=SimpleNamespace(global_step=7),
+        accelerator=SimpleNamespace(process_index=process),
+        reward_funcs=[ranker],
+        reward_weights=torch.ones(1),
+        _metrics=defaultdict(list),
+    )
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_minionerecs_loss_on_our_rows_has_the_gradient_of_the_objective(ragged):
     from minionerec_adagrpo import adagrpo_advantages
@@ -30,17 +44,7 @@ def test_minionerecs_loss_on_our_rows_has_the_gradient_of_the_objective(ragged):
         asked.extend(zip(prompts, completions, strict=True))
         return case.negative_rewards[:, 0].repeat_interleave(K + 1).tolist()
 
-    trainer = SimpleNamespace(
-        num_generations=K + 1,
-        model=None,
-        _get_per_token_logps=lambda model, ids, attend, length: case.logp(case.start),
-        args=SimpleNamespace(seed=0),
-        state=SimpleNamespace(global_step=7),
-        accelerator=SimpleNamespace(process_index=0),
-        reward_funcs=[ranker],
-        reward_weights=torch.ones(1),
-        _metrics=defaultdict(list),
-    )
+    trainer = trainer_of(case, ranker)
     prompts = [n // (K + 1) for n in range(B * (K + 1))]
     columns = {"column": ["x"] * len(prompts)}
     given = prompts, completions, None, None, case.flat_mask().int(), case.rewards.flatten(), columns
@@ -54,3 +58,32 @@ def test_minionerecs_loss_on_our_rows_has_the_gradient_of_the_objective(ragged):
     found = in_stack(case, minionerec_loss, case.start, advantages)
     assert report("MiniOneRec's formula", found, by_hand(case, case.start)) < 1e-6
     assert trainer._metrics["adagrpo/admitted"] == [pytest.approx(case.rows()[1].float().mean().item())]
+
+
+def test_the_truth_is_the_last_row_of_a_group_that_two_processes_share():
+    """Of 2 * (K + 1) rows the first process has fewer than a group."""
+    from minionerec_adagrpo import is_truth
+
+    n = K + 1
+    for processes in (1, 2, 3, 4):
+        local = 2 * n // processes
+        found = [is_truth(SimpleNamespace(accelerator=SimpleNamespace(process_index=p), num_generations=n), i, local)
+                 for p in range(processes) for i in range(local)]  # fmt: skip
+        assert found == ([False] * K + [True]) * 2
+
+
+def test_a_batch_of_one_prompt_has_no_negatives_and_admits_nobody():
+    from minionerec_adagrpo import adagrpo_advantages
+
+    case = make(dtype=torch.float32)
+    n = K + 1
+
+    def ranker(prompts, completions):
+        raise AssertionError("there is nothing to ask")
+
+    trainer = trainer_of(case, ranker, logp=case.logp(case.start)[:n])
+    rewards = case.rewards[0]  # a ranker that knows
+    given = [0] * n, ["text"] * n, None, None, case.flat_mask()[:n].int(), rewards, {}
+    advantages = adagrpo_advantages(trainer, *given, **GATE)
+    assert advantages.tolist() == [0.0] * K + [n]
+    assert trainer._metrics["adagrpo/admitted"] == [0.0]

@@ -142,7 +142,9 @@ def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_
     monkeypatch.setattr(openrlhf_adagrpo.RemoteExperienceMaker, "make_experience", forward)
     monkeypatch.setattr(openrlhf_adagrpo, "score", score)
     monkeypatch.setattr(openrlhf_adagrpo, "GATE", GATE)
-    experiences = maker(openrlhf_adagrpo.AdaGRPOExperienceMaker).make_experience_batch(samples(case))
+    made = maker(openrlhf_adagrpo.AdaGRPOExperienceMaker)
+    made.generator = torch.Generator().manual_seed(0)
+    experiences = made.make_experience_batch(samples(case))
 
     case.negative_rewards = case.negative_rewards[:, :1]
     expected, admitted = case.rows()
@@ -155,6 +157,11 @@ def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_
             torch.testing.assert_close(batch.advantages[row, mask], expected[index].expand(int(mask.sum())))
             assert (batch.advantages[row, ~mask] == 0).all()
     groups = [[case.tokens[b, k][case.mask[b, k]].tolist() for k in range(K)] for b in range(B)]
+    # The last batch of an epoch may have a single prompt: nobody is admitted, and the truth is learnt from.
+    for batch in made.make_experience_batch(samples(case)[: K + 1]):
+        for row, index in enumerate(batch.index):
+            mask = batch.action_mask[row].bool()
+            assert batch.advantages[row, mask].tolist() == [float(K + 1) if index == K else 0.0] * int(mask.sum())
     assert len(asked) == B
     assert all(any(response in groups[b] for b in range(B) if b != int(prompt)) for prompt, response in asked)
 

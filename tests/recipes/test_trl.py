@@ -113,12 +113,78 @@ def test_trls_own_advantages_are_ours_with_its_eps_and_correction(tmp_path):
 
 
 @pytest.mark.parametrize("setting", [{"beta": 0.1}, {"loss_type": "dapo"}, {"num_iterations": 2}, {"temperature": 0.7},
-                                     {"steps_per_generation": 2}, {"entropy_coef": 0.1}])  # fmt: skip
+                                     {"steps_per_generation": 2}, {"entropy_coef": 0.1}, {"disable_dropout": False},
+                                     {"off_policy_mask_threshold": 0.5}])  # fmt: skip
 def test_settings_under_which_the_rows_would_not_add_up_are_refused(tmp_path, setting):
     import trl_run
 
     with pytest.raises(ValueError, match=f"{next(iter(setting))}: expected"):
         trl_run.trainer(str(tmp_path), **setting)
+
+
+def first_batch(trainer):
+    trainer.model.train()
+    prompts = trainer.train_dataset.select(range(3))
+    return trainer._generate_and_score_completions([row for row in prompts for _ in range(K + 1)])
+
+
+def test_an_agent_whose_groups_would_not_end_by_the_truth_is_refused(tmp_path):
+    import functools
+
+    import trl_run
+
+    def agent(prompts, trainer):
+        return dict(prompt_ids=[[2]] * len(prompts), completion_ids=[[3, 1]] * len(prompts), logprobs=None)
+
+    trainer = trl_run.trainer(str(tmp_path), functools.partial(trl_run.AdaGRPOTrainer, rollout_func=agent))
+    with pytest.raises(ValueError, match="not its target_ids: rollout_func, tools"):
+        first_batch(trainer)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_evaluation_with_fewer_generations_has_no_truth_in_its_groups(tmp_path, rows):
+    import trl_run
+
+    trainer = trl_run.trainer(str(tmp_path), num_generations_eval=rows, per_device_eval_batch_size=12)
+    trainer.eval_dataset = trainer.train_dataset
+    found = trainer.evaluate()
+    assert np.isfinite(found["eval_reward"]) and not any("adagrpo" in key for key in found)
+
+
+def test_what_a_reward_logs_is_of_the_rollouts_and_not_of_the_negatives(tmp_path, monkeypatch):
+    import trl_run
+
+    reward, logged = trl_run.reward, []
+
+    def logging_reward(prompts, completions, log_extra, log_metric, **columns):
+        scores = reward(prompts, completions)
+        log_extra("words", [len(text.split()) for text in completions])
+        log_metric("mean", sum(scores) / len(scores))
+        logged.append(scores)
+        return scores
+
+    monkeypatch.setattr(trl_run, "reward", logging_reward)
+    trainer = trl_run.trainer(str(tmp_path))
+    first_batch(trainer)
+    rollouts, negatives = logged
+    assert len(trainer._logs["extra"]["words"]) == len(trainer._logs["completion"]) == len(rollouts)
+    assert trainer._metrics["train"]["mean"] == [pytest.approx(np.mean(rollouts), rel=1e-6)]
+    assert np.mean(rollouts) != pytest.approx(np.mean(negatives), rel=1e-3)
+
+
+def test_likelihoods_of_a_model_in_bfloat16_are_averaged_in_float32(tmp_path, monkeypatch):
+    import torch
+    import trl_adagrpo
+    import trl_run
+
+    seen, advantage_rows = [], trl_adagrpo.advantage_rows
+    monkeypatch.setattr(trl_adagrpo, "advantage_rows", lambda *a, **b: (seen.append(a), advantage_rows(*a, **b))[1])
+    trainer = trl_run.trainer(str(tmp_path), dtype=torch.bfloat16)
+    batch = first_batch(trainer)
+    ((logp, _, _, repeats),) = seen
+    assert logp.dtype == torch.float32
+    ids = (batch["completion_ids"] * batch["completion_mask"]).reshape(-1, K + 1, batch["completion_ids"].shape[1])
+    assert repeats.equal((ids[:, :-1] == ids[:, -1:]).all(-1))
 
 
 def test_the_recipe_learns(tmp_path):

@@ -85,6 +85,17 @@ def test_a_run_with_settings_that_are_not_known_here_is_refused(tmp_path, capsys
     assert end.value.code == 2 and "--reward and --updates are not known here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [[], ["--batch-size", "10"]], ids=str)
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, capsys, monkeypatch, given):
+    import trl_sids
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data="shop"))))
+    with pytest.raises(SystemExit) as end:
+        trl_sids.parse(["--run", str(tmp_path), "--out", str(tmp_path / "out"), *given])
+    assert end.value.code == 2 and "3 processes cannot share it equally" in capsys.readouterr().err
+    assert trl_sids.parse(["--run", str(tmp_path), "--out", str(tmp_path / "out"), "--batch-size", "12"])
+
 
 def scripts_gradient(shop, out, noted, monkeypatch, **changes):
     """Of the script's train_rl, in its first step, on the rollouts, negatives and rewards that TRL had."""

@@ -4,12 +4,14 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from check_peers import PEERS
+from check_peers import OPTIONS, PEERS
 
 import adagrpo_core as core
 import nanoadagrpo as nano
@@ -73,10 +75,18 @@ def test_the_versions_in_the_table_are_those_that_check_peers_knows():
             assert re.search(rf"\| {peer.package} {re.escape(peer.tested)} \|", PAGE, flags=re.I), peer
 
 
+def test_the_tests_of_peers_are_found_without_the_plugins_that_the_project_asks_for():
+    """An environment of check_peers has pytest alone."""
+    options = ["-p", "no:xdist", *OPTIONS, "--collect-only"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/recipes/test_trl.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_the_recipe_learns" in done.stdout, done.stdout + done.stderr
+
+
 def test_every_recipe_is_named_on_the_page_and_short():
     for recipe in RECIPES:
         assert f"recipes/{recipe.name}" in PAGE
-        longest = 150 if recipe.name == "trl_sids.py" else 90  # which is a whole program, with data and evaluation
+        longest = 155 if recipe.name == "trl_sids.py" else 100  # which is a whole program, with data and evaluation
         assert len(recipe.read_text().splitlines()) <= longest
     for name in re.findall(r"\]\(((?:recipes/|\.\./)[^)#]+)\)", PAGE):
         assert (ROOT / "docs" / name).exists(), name
