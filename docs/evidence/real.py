@@ -50,8 +50,8 @@ from nanoadagrpo import UserError  # noqa: E402
 # Tried by --tune: as many values of lambda for the gate as without it.
 RATES, LAMBDAS, TUNED = (3e-5, 1e-4, 3e-4, 1e-3), (0.3, 1.0, 5.0, 15.0, 50.0), ("grpo+nll", "adagrpo")
 SIZES = {
-    "default": nano.Settings(toy=True, device="cpu", sft_steps=2000, sft_batch_size=64, rl_steps=100, batch_size=32,
-                             eval_prompts=1000, eval_every=500),
+    "default": nano.Settings(toy=True, device="cpu", sft_steps=8000, sft_batch_size=64, rl_steps=200, batch_size=32,
+                             eval_prompts=1000, eval_every=1000),
     "small": nano.Settings(toy=True, device="cpu", sft_steps=40, sft_batch_size=32, sft_lr=1e-2, rl_steps=2,
                            batch_size=8, eval_prompts=20, eval_every=20),
 }
