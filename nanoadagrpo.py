@@ -4,8 +4,8 @@
 A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
 coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
 was shown and clicked is sometimes wrong, and its scores do not say where. AdaGRPO trains every prompt with
-the true next item, and adds the policy gradient only where two things hold: the policy ranks the true item
-low (D); the ranker ranks it high, and other prompts' rollouts, the negatives, low (R).
+the true next item, and adds the policy gradient only where two tests pass. D: the policy ranks the true item
+low. R: the ranker ranks it high, and the negatives, which are rollouts of other prompts, low.
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
@@ -19,16 +19,16 @@ Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-9 of the toy.
     So was rho, 0.3, where the paper has 0.1.
- 3. Rollouts are sampled from the policy being trained, one update per rollout: eq. 4's ratio is 1 (rounded).
-    `--updates 2` takes a second step on the same rollouts; only then does `--epsilon` have something to clip.
- 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. Tokens that name no item
-    are a hallucination. `--constrained`: only items are sampled and searched; likelihoods stay as they are.
+ 3. Rollouts are sampled from the policy being trained, one update per rollout: eq. 4's ratio is 1, up to
+    rounding. `--updates 2` takes a second step on the same rollouts; only then has `--epsilon` work to do.
+ 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. L tokens that are no
+    item are a hallucination. `--constrained`: only items are sampled and searched; likelihoods stay the same.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
  6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (R: `--ties`).
- 7. HR ranks the valid beams only, as a server would, having dropped the others. ClkRwd@k and OrdRwd@k are the
+ 7. HR counts places among the valid beams only: a server drops the others. ClkRwd@k and OrdRwd@k are the
     best score within the first k: the paper's values grow with k, and a mean would not.
  8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
- 9. Two controls are added: NLL alone, continued, and a random gate that admits as many as AdaGRPO would.
+ 9. Two controls are added: continued training by NLL alone, and a random gate as wide as AdaGRPO's.
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ import adagrpo_core as core
 
 # == Part I: the method ======================================================================================
 # Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a
-# history, T tokens of a prompt, n branches of a tree (m before a level), W beams, S SID tokens of all
-# levels, V tokens that the policy knows, N items. An item is a row of the catalogue; -1 is none: left
-# padding, or a hallucination. From later parts: `batches`, the row numbers of each step;
-# `local_micro_batches`, this process's slices of a batch; `all_gather`, what they gave -> the whole batch.
+# history, T tokens of a prompt, m branches of a tree that become n, W beams, S SID tokens of all levels,
+# V tokens that the policy knows, N items. An item is its row in `catalogue.tokens` (N, L), and
+# `catalogue.item` finds it by its tokens; -1 is none: left padding, or a hallucination.
+# From later parts: `batches`, the row numbers of each step; `local_micro_batches`, this process's slices
+# of a batch; `all_gather`, what they gave -> the whole batch.
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -166,7 +167,7 @@ class Policy:
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
-        self.model = model.to(cfg.device).eval()  # also in training: with dropout, two passes would disagree
+        self.model = model.to(cfg.device).eval()  # always: dropout would move eq. 4's ratio away from 1
         self.catalogue, self.tokenizer = catalogue, tokenizer
         self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # S + 1, or None
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
@@ -186,7 +187,7 @@ class Policy:
         KV cache, longer by n. Every pass goes through here, and through the model's own forward.
         """
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # The mask is added to the attention scores. Its lowest number is finite, in float32 too: padding sees
+        # It is added to the attention scores. Finite, also where a model casts it to float32: padding sees
         # nothing, and the softmax of -inf alone is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
@@ -196,13 +197,13 @@ class Policy:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                            logits_to_keep=keep, **{self.cache_name: cache}).logits
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # not in half
+        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # not in bfloat16
         return logp, [(layer.keys, layer.values) for layer in cache.layers]
 
     def save(self, folder):
         """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
-        with in_one_line(folder):  # a full disk is no OSError of the tokenizer's
-            Path(folder).mkdir(parents=True, exist_ok=True)  # fails if a file is there; the next would not
+        with in_one_line(folder):  # on a full disk the tokenizer raises no OSError
+            Path(folder).mkdir(parents=True, exist_ok=True)  # refuses a file, which the next line would not
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
@@ -211,7 +212,7 @@ def prefill(policy, history, target=None):
     """Run (B, H) histories once -> PromptCache, and log-probabilities (B, L) of items `target` (B,), or None.
 
     One pass over prompt and truth gives both: attention is causal, so the truth changes nothing before it and
-    is cut off the cache again. Its last token predicts nothing and is not run.
+    is cut off the cache again. The truth's last token predicts nothing and is not run.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
@@ -221,8 +222,8 @@ def prefill(policy, history, target=None):
         tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
     T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next
     if target is not None:
-        target = policy.catalogue.tokens[target]  # (B, L)
-        tokens, keep = torch.cat([tokens, target[:, :-1]], 1), target.shape[1]
+        truth = policy.catalogue.tokens[target]  # (B, L)
+        tokens, keep = torch.cat([tokens, truth[:, :-1]], 1), truth.shape[1]
         mask = F.pad(mask, (0, keep - 1), value=True)
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
@@ -230,11 +231,11 @@ def prefill(policy, history, target=None):
     prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], logp[:, :1])
     if target is None:
         return prompt, None
-    return prompt, logp.gather(-1, target[..., None])[..., 0]
+    return prompt, logp.gather(-1, truth[..., None])[..., 0]
 
 
-# A tree grows level by level, as select(prefix, logp, total) decides: it gets the tokens of m branches so far
-# (B, m, level), log-probabilities of what may follow (B, m, V), and those of the branches, summed (B, m). It
+# A tree grows level by level, as select(prefix, logp, total) decides. Of m branches it is given the tokens so
+# far (B, m, level), the log-probabilities of each next token (B, m, V), and those of the branches (B, m). It
 # returns, for each of n new branches, which old one it continues and by which token: two tensors (B, n).
 
 
@@ -251,13 +252,13 @@ def teacher_forcing(tokens):
 def sample(uniform):
     """n independent samples, decided by uniform random numbers in [0, 1), (L, B, n).
 
-    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. Callers draw them
-    for the whole batch, so that the samples do not depend on how it is split.
+    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. The numbers are
+    drawn for the whole batch, so that the samples do not depend on how it is split.
     """
 
     def select(prefix, logp, total):
         cdf = logp.detach().float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m)
+        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m), m = 1, then n
         token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
         return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
@@ -293,9 +294,9 @@ def tree_decode(policy, prompt, select):
     B, T = prompt.mask.shape
     tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
     ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch may see
-    row = torch.arange(B, device=logp.device)[:, None]  # x[row, parent]: of each new branch's parent
+    row = torch.arange(B, device=logp.device)[:, None]  # x[row, parent] is what the parents have
     for level in range(policy.catalogue.L):
-        if level:  # run the last token of each branch; what follows the prompt is known from it
+        if level:  # run the last token of each branch; that of the prompt has been run
             m = tokens.shape[1]
             itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
             ancestor_mask = torch.cat([ancestor_mask, itself], -1)
@@ -334,15 +335,15 @@ def sequence_logp(policy, prompt, tokens):
 def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Minimise the mean NLL of the next item (eq. 2), nothing else.
 
-    restore(optimizer, generators, phase) sets both back to where a run was stopped; returns the step to go on
-    from. on_step(step, optimizer, generators, phase) is called after each step, to evaluate and to save.
+    restore(optimizer, generators, phase) brings back those of a run that was stopped; it returns the step
+    to begin at. on_step(step, optimizer, generators, phase) is called after each step: to evaluate, to save.
     """
     B = cfg.sft_batch_size
     optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
     order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
     for step in progress(range(restore(optimizer, {}, "sft"), cfg.sft_steps), "sft"):
         batch, nlls = prompts.rows(order[step]), []
-        for part in local_micro_batches(B, cfg.micro_batch_size):  # row slices of this process
+        for part in local_micro_batches(B, cfg.micro_batch_size):
             _, target_logp = prefill(policy, batch.history[part], batch.target[part])
             nll = core.nll_loss(target_logp)
             (nll.sum() / B * world_size()).backward()  # DDP averages over processes
@@ -386,7 +387,7 @@ def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch; this process runs the row slices `parts` of it.
 
     Returns tokens and log-probabilities (B, K, L) of the rollouts, log-probabilities (B, L) of the truth, and
-    a list: of a single micro-batch its prefill, with graph, for the update to use; of several none.
+    [what prefill gave], with graph, for the update; [] of several micro-batches: one graph at a time is held.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
@@ -417,7 +418,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
     parts = local_micro_batches(B, cfg.micro_batch_size)
 
     for step in progress(range(restore(optimizer, generators, name), cfg.rl_steps), name):
-        batch, prefilled, admitted_rows = prompts.rows(order[step]), [], [()] * len(parts)
+        batch, prefilled, admitted_rows = prompts.rows(order[step]), [], [()] * len(parts)  # none yet
         must_be_finite, stats = {}, {}  # checked before a weight moves; logged
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -426,6 +427,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
+            # Of each prompt, the rollouts of others that have the M smallest of its random keys.
             keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
             negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
             pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
@@ -441,7 +443,7 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]
+            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]  # counted within each part
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             must_be_finite = stats | {"reward of an item": scored}
 
@@ -449,14 +451,14 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                # The rollout's prefill serves one update of one micro-batch; otherwise it is run again.
+                # What rollout() ran with a graph serves the first update, if there is one micro-batch.
                 prompt, target_logp = prefilled.pop() if prefilled else prefill(
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
                 loss = method.supervised * nll.sum() / B  # 0 in pure GRPO
                 if len(rows):  # only their rollouts are run again, now with a graph
-                    prompt = prompt if len(rows) == len(nll) else prompt.rows(rows)
+                    prompt = prompt if len(rows) == len(nll) else prompt.rows(rows)  # all: no copy
                     tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
                     logp = sequence_logp(policy, prompt, tokens)
                     surrogate = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
@@ -479,8 +481,8 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
 
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
-    """Beam search on every prompt, and 8 samples. Returns the metrics; and for each prompt their terms, its
-    beams (`item`, and `logp` per token) and the truth's place among the valid ones (`rank`)."""
+    """Beam search on every prompt, and 8 samples. Returns the metrics; and of each prompt the terms of these
+    means, its beams (`item`, and `logp` per token) and the truth's place among the valid ones (`rank`)."""
     n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     search = constrained(beam(cfg.beam_width), policy.constraint, distinct=True)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
