@@ -670,10 +670,11 @@ def read_catalogue(path):
         kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), like)]
         if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
                 or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)
+                or any("><" in str(code) for code in sid)  # the tokenizer would read two words
                 or (path.name == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid))):
             raise UserError(f"{path}, item {name!s:.40}: got {sid!r:.80}; expected a list of tokens such as "
                             f"{first!r:.60}, the same number of tokens of the same sort in each; rename "
-                            f"{QUERY_TOKEN}, {START_TOKEN} and what cannot be printed")
+                            f"{QUERY_TOKEN}, {START_TOKEN}, >< and what cannot be printed")
         sids.setdefault(tuple(sid))
     if not sids:
         raise UserError(f"{path}: holds no items; expected item -> list of tokens")
@@ -932,32 +933,41 @@ def make_reward(ranker, cfg):
     return reward
 
 
-def own_reward(cfg, history, item):
+def own_reward(cfg, names, history, item):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up.
 
-    Whatever goes wrong in the user's code is said in one line, with the place in their file.
+    Whatever goes wrong in the user's code is said in one line, with the place in their file. `names` of the
+    first call have to stay: every process gathers them, and in one order.
     """
     sys.path.append(here := os.getcwd())  # modules in the current folder are found too
     try:
         module, _, name = cfg.reward.partition(":")
         function = getattr(importlib.import_module(module), name)
         parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
-        if any(map(np.ma.isMaskedArray, parts.values())):
-            raise ValueError("a masked array, whose hidden scores torch would read")
-        parts = {key: torch.as_tensor(x, dtype=torch.float32, device=item.device) for key, x in parts.items()}
+        torch.set_default_dtype(torch.float32)  # whatever it has set
+        names[:] = names or sorted(parts)
+        if names != sorted(parts):
+            raise ValueError(f"parts {sorted(parts)} instead of {names}")
+        if any(np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")) for x in parts.values()):
+            raise ValueError("a masked array or complex numbers, which torch would read otherwise")
+        # In float64: of large scores, such as times in seconds, float32 would make ties.
+        parts = {key: torch.as_tensor(parts[key], dtype=torch.float64, device=item.device) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
-        if not all(x[item >= 0].isfinite().all() for x in parts.values()):
+        if not all(x[item >= 0].float().isfinite().all() for x in parts.values()):
             raise ValueError("a score is not finite")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() and a cancelled task too
         place = [f" in {x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)
                  if x.filename != __file__ and "importlib" not in x.filename]
         what = type(error).__name__ + "".join(place[:1])
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected "
                         "package.module:function that gives each item a number (docs/models.md)") from None
     finally:
-        sys.path.remove(here)
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
 
 
 def named(scores):
@@ -1063,6 +1073,8 @@ def pretrained_policy(catalogue, cfg):
         if 0 < context < T:
             raise ValueError(f"its context of {context} tokens is too short for {T}; lower --max-history")
         files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
+        if "adapter_config.json" in files:
+            raise ValueError("it holds an adapter; merge that into the model, and save it")
         if not files or re.search("token|vocab", files):  # a folder without a tokenizer knows no word
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
@@ -1244,7 +1256,7 @@ class Optimizer:
         """Returns norm before clipping and learning rate. No weight moves if `watched` is not finite."""
         lr = self.schedule.get_last_lr()[0]
         watched["gradient norm"] = norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        finite = torch.stack([x.isfinite().all() for x in watched.values()]).tolist()
+        finite = torch.stack([x.float().isfinite().all() for x in watched.values()]).tolist()
         if not all(finite):
             fault = f"the {list(watched)[finite.index(False)]} is not finite"
             raise UserError(f"{where}: {fault}; give each item a number, or lower the learning rate")
@@ -1367,9 +1379,10 @@ class Checkpoints:
             return {"tensor": str(len(tensors) - 1)}
 
         generators = {use: generator.get_state() for use, generator in generators.items()}
+        config = policy.model.config
         state = dict(phase=phase, step=step, origin=self.origin, rows=rows, generators=generators,
                      base=self.base, best=self.best, policy=weights(policy.model),
-                     model=policy.model.config.to_dict(),
+                     model=config.to_dict() | dict(attn_implementation=config._attn_implementation),
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1475,7 +1488,7 @@ def run(cfg):
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
-    reward = functools.partial(own_reward, cfg) if cfg.reward else None
+    reward = functools.partial(own_reward, cfg, []) if cfg.reward else None
     if reward:  # about two rows, so that its faults show before the supervised steps
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)  # an item, and no item
         reward_of(reward, data.rl.history[:2], one_and_none, [slice(0, 2)])

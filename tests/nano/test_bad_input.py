@@ -283,6 +283,7 @@ DEEP = 100_000
         (r'[["\udc00\ud800", "b"]]', ["item 0", r"\udc00", "rename"]),
         (r'[["\u001b[31m", "b"]]', ["item 0", r"\x1b", "rename"]),
         (r'[["two\nlines", "b"]]', ["item 0", r"\n", "rename"]),
+        ('[["1", "2"], ["1><b_2", "2"]]', ["item 1", "1><b_2", "rename"]),
         (r'[["two\u2028lines", "b"]]', ["item 0", r"\u2028", "rename"]),
         ('{"' + "x" * 5000 + r'\u001b\n": 5}', ["item xxx", "expected a list of tokens"]),
         (json.dumps([["x" * 5000], 5]), ["item 1", "expected a list of tokens"]),

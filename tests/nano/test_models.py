@@ -279,6 +279,14 @@ def test_weights_in_bfloat16_are_taken_to_float32(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").dtype == torch.float32
 
 
+def test_a_folder_with_an_adapter_is_refused_whether_peft_is_installed_or_not(tmp_path):
+    """Without it transformers would leave the adapter out."""
+    folder = save_model(tmp_path / "model", words=KNOWN)
+    (tmp_path / "model" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(nano.UserError, match="holds an adapter; merge that"):
+        load(folder)
+
+
 def test_words_are_spelt_as_minionerec_spells_them_and_never_twice_alike(tmp_path):
     as_they_are = nano.load_data(minionerec(tmp_path / "csv"), settings()).catalogue.words
     numbers = nano.load_data(jsonl(tmp_path / "jsonl"), settings()).catalogue.words

@@ -43,7 +43,7 @@ def lines(path):
 
 
 def own_reward(name, **changes):
-    return functools.partial(nano.own_reward, settings(reward=name, **changes))
+    return functools.partial(nano.own_reward, settings(reward=name, **changes), [])
 
 
 def refused(capsys, *arguments):
@@ -58,7 +58,7 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
     reward = own_reward("mine:score", floor=-3.0)
     item = torch.tensor([[0, -1, 4], [8, 2, -1]])
     [scores] = reward(torch.zeros(2, 3), item).values()
-    torch.testing.assert_close(scores, torch.tensor([[0.5, -3.0, 0.9], [1.3, 0.7, -3.0]]))
+    torch.testing.assert_close(scores.float(), torch.tensor([[0.5, -3.0, 0.9], [1.3, 0.7, -3.0]]))
     seen, group = [], core.group_advantages
     monkeypatch.setattr(core, "group_advantages", lambda rewards: seen.append(rewards) or group(rewards))
     run("--reward", "mine:score", "--floor", "-3", "--group-size", "40", "--out", "here")
@@ -72,8 +72,8 @@ def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text):
     mine(f"def score(history, item):\n    return {text}\n")
     reward, item = own_reward("mine:score"), torch.tensor([[0, -1, 4], [8, 2, 3]])
     scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
-    assert scores.dtype == torch.float32 and not scores.requires_grad
-    torch.testing.assert_close(scores, torch.tensor([[0, 0, 0.4], [0.8, 0.2, 0.3]]), rtol=0, atol=2e-3)
+    assert scores.dtype == torch.float64 and not scores.requires_grad
+    torch.testing.assert_close(scores.float(), torch.tensor([[0, 0, 0.4], [0.8, 0.2, 0.3]]), rtol=0, atol=2e-3)
 
 
 def test_named_scores_are_summed_and_each_is_logged(mine, folder):
@@ -147,6 +147,45 @@ def test_copies_of_an_item_have_equal_rewards_whatever_a_product_rounds_to(mine)
     assert parts.keys() == {"reward/a", "reward/b"}
 
 
+@pytest.mark.parametrize("text", ["item.double() / 8", "(item.double() / 8).tolist()", "item.numpy() / 8"])
+def test_scores_that_float32_could_not_tell_apart_are_ranked_as_they_are(mine, text):
+    """Seconds since 1970: 1.7e9, where float32 knows every 128th number."""
+    mine(f"import torch\ndef score(history, item):\n    return {text}\n"
+         "def later(history, item):\n    return item.double() / 8 + 1.7e9\n")
+    (first, small), (second, large) = (
+        train("grpo+nll", cfg(rl_steps=3), reward=own_reward(f"mine:{name}", floor=floor))
+        for name, floor in (("score", 0.0), ("later", 1.7e9)))
+    assert large[0]["zero_spread"] == small[0]["zero_spread"] and distance(first, second) < 1e-5
+
+
+def test_what_a_reward_does_to_torch_does_not_reach_the_policy(mine, folder):
+    """Its module wants float64 and another seed, removes the current folder from the path: training stays the same."""
+    mine("import os, sys\nimport torch\n"
+         "def plain(history, item):\n    return item * 0.1\n"
+         "def rude(history, item):\n"
+         "    torch.set_default_dtype(torch.float64)\n    torch.manual_seed(7)\n"
+         "    sys.path[:] = [x for x in sys.path if x != os.getcwd()]\n"
+         "    return item * 0.1\n")
+    try:
+        plain, rude = (run("--reward", f"mine:{name}", "--out", name) for name in ("plain", "rude"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert plain == rude
+
+
+def test_the_names_of_parts_are_those_of_the_first_call_in_one_order(mine):
+    """Each process asks about its own rows, and they gather one part after the other."""
+    mine("calls = []\ndef score(history, item):\n    calls.append(0)\n"
+         "    parts = [('a', item * 0.5), ('b', item * 0.25)]\n    return dict(parts[:: -1 if len(calls) % 2 else 1])\n"
+         "def fewer(history, item):\n    return {'a': item * 0.5, **({'b': item} if (item > 3).any() else {})}\n")
+    reward, item = own_reward("mine:score"), torch.tensor([[1, 2]])
+    assert [*reward(torch.zeros(1, 2), item)] == [*reward(torch.zeros(1, 2), item)] == ["a", "b"]
+    reward = own_reward("mine:fewer")
+    reward(torch.zeros(1, 2), item)
+    with pytest.raises(nano.UserError, match=r"parts \['a', 'b'\] instead of \['a'\]"):
+        reward(torch.zeros(1, 2), item + 3)
+
+
 FAULTS = {
     "it raises": ("def score(history, item):\n    return item / len([])[0]\n", ["TypeError", "mine.py, line 3"]),
     "its helper raises": ("def help():\n    raise KeyError('price')\ndef score(history, item):\n    return help()\n",
@@ -162,6 +201,11 @@ FAULTS = {
         "    return [[price[x] for x in row] for row in item.tolist()]\n", ["KeyError in", "mine.py, line 4: -1;"]),
     "a masked array": ("import numpy as np\ndef score(history, item):\n    return np.ma.masked_less(item.numpy(), 0)\n",
                        ["a masked array"]),
+    "complex numbers": ("def score(history, item):\n    return item.numpy() * (1 + 2j)\n", ["complex numbers"]),
+    "complex numbers of torch": ("def score(history, item):\n    return item * (1 + 2j)\n", ["complex numbers"]),
+    "a cancelled task": ("import asyncio\ndef score(history, item):\n    raise asyncio.CancelledError('late')\n",
+                         ["CancelledError", "mine.py, line 4", "late"]),
+    "names of several kinds": ("def score(history, item):\n    return {'a': item, 1: item}\n", ["TypeError"]),
     "the shape of a part": ("def score(history, item):\n    return {'a': item * 0.5, 'b': item.sum(1)}\n", ["(2,)"]),
     "None": ("def score(history, item):\n    pass\n", ["NoneType"]),
     "nothing": ("def score(history, item):\n    return {}\n", ["dict"]),
@@ -196,7 +240,7 @@ LATE = {
     "nan": ("return item * float('nan')", "--reward mine:score: ValueError: a score is not finite; "),
     "inf": ("return item / 0", "--reward mine:score: ValueError: a score is not finite; "),
     "one item": ("return torch.where(item == 3, float('nan'), 1.0)", "--reward mine:score: ValueError: a score is "),
-    "sums too large": ("return dict.fromkeys('ab', item * 0 + 3e38)", "adagrpo, step 1: the reward/a is not finite; "),
+    "sums too large": ("return dict.fromkeys('ab', item * 0 + 3e38)", "adagrpo, step 1: the reward of an item is not "),
     "shape": ("return item[:, :3] * 1.0", "--reward mine:score: "),
 }
 

@@ -150,6 +150,20 @@ def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone
     assert made(folder / "here") == made(folder / "whole")
 
 
+def test_a_model_goes_on_with_the_attention_that_its_folder_asks_for(folder, monkeypatch):
+    """Plain products of its configuration and fused ones round differently."""
+    jsonl(folder / "shop")
+    options = ["--model", save_model(folder / "model"), "--sft-lr", "1e-2"]
+    path, asked, data_parallel = folder / "model" / "config.json", [], nano.data_parallel
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}))
+    monkeypatch.setattr(nano, "data_parallel", lambda model: (
+        asked.append(model.config._attn_implementation), data_parallel(model))[1])
+    begin("whole", *options)
+    stopped_after(monkeypatch, 11, lambda: begin("here", *options))
+    resume("here")
+    assert made(folder / "here") == made(folder / "whole") and {*asked} == {"eager"} and len(asked) == 3
+
+
 def test_without_checkpoints_a_run_begins_again_says_so_and_comes_to_the_same(shop, monkeypatch, capsys):
     stopped_after(monkeypatch, 10, lambda: begin("here", "--save-every", "0"))
     assert not list((shop / "here").glob("*checkpoint*"))
