@@ -621,6 +621,9 @@ def load_data(folder, cfg):
     if not source:
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md")
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
+    for path in (folder / f"{name}{x}" for name in ("rl", "log") for x in (".csv", ".jsonl") if x != ending):
+        if os.path.lexists(path):
+            raise UserError(f"{path}: {source} goes with {ending} files; convert this one, or move it away")
 
     def read(name, *fields):
         """Each field of the rows as a tensor (n, longest), -1 where a row has less; None if not recorded."""
@@ -670,11 +673,11 @@ def read_catalogue(path):
         kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), like)]
         if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
                 or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)
-                or any("><" in str(code) for code in sid)  # the tokenizer would read two words
+                or any(re.search("><._", str(code)) for code in sid)  # the tokenizer would read two words
                 or (path.name == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid))):
             raise UserError(f"{path}, item {name!s:.40}: got {sid!r:.80}; expected a list of tokens such as "
                             f"{first!r:.60}, the same number of tokens of the same sort in each; rename "
-                            f"{QUERY_TOKEN}, {START_TOKEN}, >< and what cannot be printed")
+                            f"{QUERY_TOKEN}, {START_TOKEN}, '><b_' and what cannot be printed")
         sids.setdefault(tuple(sid))
     if not sids:
         raise UserError(f"{path}: holds no items; expected item -> list of tokens")
@@ -731,6 +734,9 @@ def read_rows(path, catalogue, source, fields):
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
             if is_csv and None in row:
                 raise UserError("more cells than the header has")
+            close = [x for x in row if x != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", str(x), re.I)]
+            if close and "order" in columns:
+                raise UserError(f"{close[0]!r:.40} is not read; call it order, or leave it out")
             for field, column in columns.items():
                 cell = row.get(column, row)
                 x[field] = parse(field, row.get(column))
@@ -1329,8 +1335,8 @@ class Checkpoints:
         for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
             content.update(b"" if x is None else x.cpu().numpy().tobytes())
         same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
-        self.origin = {"set of data": content.hexdigest(), "number of processes": world_size(),
-                       "set of flags": repr(same), "kind of device": cfg.device.split(":")[0]}
+        self.origin = {"set of flags": repr(same), "set of data": content.hexdigest(),
+                       "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
         if cfg.resume and self.files():
             path = self.files()[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):

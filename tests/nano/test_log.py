@@ -205,6 +205,47 @@ def test_a_log_without_its_columns_or_with_one_of_them_twice_is_refused(folder, 
 
 
 @both
+@pytest.mark.parametrize("name", ["Order", " order", "order ", "orders", "ordered", "ORDER"])
+def test_orders_under_almost_the_right_name_are_not_left_out_in_silence(folder, capsys, layout, name):
+    layout(folder / "shop")
+    [path] = (folder / "shop").glob("log.*")
+    path.write_text(path.read_text().replace('"order"', f'"{name}"').replace(",order", f",{name}"))
+    line = refused(capsys, run)
+    assert line.startswith(f"nanoadagrpo: {path.relative_to(folder)}, line ")
+    assert f"{name!r} is not read; call it order, or leave it out" in line
+
+
+@both
+def test_other_columns_and_a_trains_own_order_are_passed_over(tmp_path, layout):
+    """Of what nobody asks for: order_id in a log, the number of an order in train."""
+    layout(tmp_path / "plain")
+    layout(tmp_path / "shop")
+    [path] = (tmp_path / "shop").glob("log.*")
+    lines = path.read_text().splitlines()
+    if path.suffix == ".csv":
+        lines = [line + ("," + word) for line, word in zip(lines, ["order_id", *"1" * 99], strict=False)]
+        train = (tmp_path / "shop" / "train.csv").read_text().splitlines()
+        (tmp_path / "shop" / "train.csv").write_text("\n".join(
+            f"{line},{word}" for line, word in zip(train, ["Order", *"1" * 99], strict=False)))
+    else:
+        lines = [json.dumps(json.loads(line) | {"order_id": 1}) for line in lines]
+    path.write_text("\n".join(lines))
+    assert same_log(load(tmp_path / "shop").log, load(tmp_path / "plain").log)
+
+
+@both
+@pytest.mark.parametrize("name", ["rl", "log"])
+def test_a_file_of_the_other_layout_is_not_passed_over_in_silence(folder, capsys, layout, name):
+    layout(folder / "shop")
+    (folder / "shop" / "log.csv").unlink(missing_ok=True)
+    source, ending = ("index.json", "csv") if (folder / "shop" / "index.json").exists() else ("catalogue.json", "jsonl")
+    other = {"csv": "jsonl", "jsonl": "csv"}[ending]
+    (folder / "shop" / f"{name}.{other}").write_text("")
+    line = refused(capsys, run)
+    assert line.startswith(f"nanoadagrpo: shop/{name}.{other}: {source} goes with .{ending} files; convert this one")
+
+
+@both
 def test_an_empty_log_is_refused_and_not_taken_for_none(folder, capsys, layout):
     layout(folder / "shop", [])
     if (folder / "shop" / "log.jsonl").exists():
