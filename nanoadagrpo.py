@@ -229,9 +229,7 @@ def prefill(policy, history, target=None):
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
     logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
     prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], logp[:, :1])
-    if target is None:
-        return prompt, None
-    return prompt, logp.gather(-1, truth[..., None])[..., 0]
+    return prompt, None if target is None else logp.gather(-1, truth[..., None])[..., 0]
 
 
 # A tree grows level by level, as select(prefix, logp, total) decides. Of m branches it is given the tokens so
@@ -584,7 +582,7 @@ class Prompts(NamedTuple):
     user: torch.Tensor  # (n,) number of the user, or of the row
 
     def rows(self, index):
-        return Prompts(*(column[index] for column in self))
+        return type(self)(*(x if x is None else x[index] for x in self))
 
 
 class ImpressionLog(NamedTuple):
@@ -593,8 +591,7 @@ class ImpressionLog(NamedTuple):
     click: torch.Tensor  # (n, I) boolean
     order: torch.Tensor | None  # (n, I) boolean, only where clicked; None if orders were not recorded
 
-    def rows(self, index):
-        return ImpressionLog(*(x if x is None else x[index] for x in self))
+    rows = Prompts.rows
 
 
 class Data(NamedTuple):
@@ -645,6 +642,9 @@ def load_data(folder, cfg):
         history, shown, click, order = read("log", "history", "shown", "click", "order")
         log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
         n = len(shown) - int(len(shown) * cfg.log_holdout + 1e-9)
+        if not log.click[:n].any():
+            raise UserError(f"{folder}/log{ending}: no click in the first {n} rows, from which the ranker learns; "
+                            "add some, or take the file away: then it learns from purchases")
         log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(shown) else None
         origin = f"{n} of {len(shown)} rows of log{ending}"
     else:  # the ranker learns to tell what was bought from 15 other items
@@ -972,7 +972,8 @@ def own_reward(cfg, names, history, item):
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected "
                         "package.module:function that gives each item a number (docs/models.md)") from None
     finally:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
+            os.chdir(here)
             sys.path.remove(here)
 
 
@@ -1074,6 +1075,8 @@ def pretrained_policy(catalogue, cfg):
     with in_one_line(what, remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
     with in_one_line(f"{what}, a {config.model_type}", remedy):
+        if config._attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(f"config.json asks for {config._attn_implementation}; say sdpa, to have masks")
         T = (cfg.max_history + 1) * catalogue.L + 1  # of start, history, query and L - 1 tokens
         context = getattr(config, "max_position_embeddings", None) or T
         if 0 < context < T:
@@ -1236,8 +1239,9 @@ def data_parallel(model):
     """The model; of several processes, a backward pass through it gives each the mean of all gradients."""
     if world_size() == 1:
         return model
+    images = model.config is not model.config.get_text_config()  # it may have weights that no text uses
     # Buffers are constants; to broadcast them would hang where one process admits nobody.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=images)
 
 
 def all_gather(pieces):
@@ -1260,12 +1264,14 @@ class Optimizer:
 
     def step(self, where, **watched):
         """Returns norm before clipping and learning rate. No weight moves if `watched` is not finite."""
+        if interrupt.code:  # code of the user's has swallowed the signal
+            raise KeyboardInterrupt
         lr = self.schedule.get_last_lr()[0]
         watched["gradient norm"] = norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         finite = torch.stack([x.float().isfinite().all() for x in watched.values()]).tolist()
         if not all(finite):
             fault = f"the {list(watched)[finite.index(False)]} is not finite"
-            raise UserError(f"{where}: {fault}; give each item a number, or lower the learning rate")
+            raise UserError(f"{where}: {fault}; give each item a number, or lower the learning rate or --lam")
         self.adamw.step()
         self.schedule.step()
         self.adamw.zero_grad()
@@ -1385,10 +1391,10 @@ class Checkpoints:
             return {"tensor": str(len(tensors) - 1)}
 
         generators = {use: generator.get_state() for use, generator in generators.items()}
-        config = policy.model.config
+        config, kinds = policy.model.config, ("attn_implementation", "experts_implementation")
         state = dict(phase=phase, step=step, origin=self.origin, rows=rows, generators=generators,
                      base=self.base, best=self.best, policy=weights(policy.model),
-                     model=config.to_dict() | dict(attn_implementation=config._attn_implementation),
+                     model=config.to_dict() | {kind: getattr(config, f"_{kind}", None) for kind in kinds},
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1744,6 +1750,9 @@ def interrupt(number, frame):  # Ctrl-C or SIGTERM
         signal.signal(other, lambda *_: None)
     interrupt.code = 128 + number
     raise KeyboardInterrupt
+
+
+interrupt.code = 0  # the exit code, once there was a signal
 
 
 def main(argv=None):

@@ -246,6 +246,15 @@ def test_a_file_of_the_other_layout_is_not_passed_over_in_silence(folder, capsys
 
 
 @both
+def test_a_log_without_a_click_to_learn_from_is_refused(folder, capsys, layout):
+    """That of the last row is for the judge."""
+    layout(folder / "shop", [(history, shown, [0] * len(click), [0] * len(order)) for history, shown, click, order
+                             in LOG[:-1]] + LOG[-1:])
+    line = refused(capsys, lambda: run("--log-holdout", "0.1"))
+    assert "no click in the first 9 rows" in line and "take the file away" in line
+
+
+@both
 def test_an_empty_log_is_refused_and_not_taken_for_none(folder, capsys, layout):
     layout(folder / "shop", [])
     if (folder / "shop" / "log.jsonl").exists():

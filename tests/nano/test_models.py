@@ -279,6 +279,15 @@ def test_weights_in_bfloat16_are_taken_to_float32(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kind", ["flex_attention", "flash_attention_2"])
+def test_a_kind_of_attention_that_takes_no_mask_is_refused_before_it_is_run(tmp_path, name, kind):
+    folder = save_model(tmp_path / "model", words=KNOWN)
+    edit_config(folder, **{name: kind})
+    with pytest.raises(nano.UserError, match=f"asks for {kind}; "):
+        load(folder)
+
+
 def test_a_folder_with_an_adapter_is_refused_whether_peft_is_installed_or_not(tmp_path):
     """Without it transformers would leave the adapter out."""
     folder = save_model(tmp_path / "model", words=KNOWN)

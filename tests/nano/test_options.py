@@ -4,6 +4,7 @@
 import functools
 import json
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -171,6 +172,29 @@ def test_what_a_reward_does_to_torch_does_not_reach_the_policy(mine, folder):
     finally:
         torch.set_default_dtype(torch.float32)
     assert plain == rude
+
+
+def test_a_reward_that_changes_the_folder_does_not_take_the_run_with_it(mine, folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    mine(f"import os\ndef score(history, item):\n    os.chdir({str(elsewhere)!r})\n    return item * 0.1\n")
+    run("--reward", "mine:score", "--out", "here")
+    assert (folder / "here" / "report.md").exists() and not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_reward_that_catches_everything_does_not_catch_a_signal(mine, folder, capsys, number):
+    """`except:` catches KeyboardInterrupt too: the run ends before the next update."""
+    mine("import os\ncalls = []\ndef score(history, item):\n"
+         "    try:\n        calls.append(0)\n        if len(calls) == 4:\n"
+         f"            os.kill(os.getpid(), {int(number)})\n"
+         "    except:\n        pass\n"
+         "    return item * 0.1\n")
+    with pytest.raises(SystemExit) as end:
+        run("--reward", "mine:score", "--rl-steps", "9", "--out", "here")
+    assert end.value.code == 128 + number and "go on with --resume here" in capsys.readouterr().err
+    assert len(sys.modules["mine"].calls) == 4
+    nano.main(["--resume", "here"])
+    assert (folder / "here" / "report.md").exists()
 
 
 def test_the_names_of_parts_are_those_of_the_first_call_in_one_order(mine):

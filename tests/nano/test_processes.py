@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import nanoadagrpo as nano
 
@@ -107,9 +108,10 @@ from safetensors.torch import save_file
 import nanoadagrpo as nano
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # not yet: there is no second group
 runpy.run_path(nano.__file__, run_name="__main__")
-from tests.nano.test_processes import SHARED, judged, sft, stopped_and_resumed
+from tests.nano.test_processes import MODEL, OPTIONS, SHARED, judged, sft, stopped_and_resumed
 from tests.nano.test_step import METHODS, cfg, train
 stopped_and_resumed("two", "half")
+nano.main([*OPTIONS, *MODEL, "--out", "pictures-two"])
 if dist.get_rank() == 0:
     save_file(judged(), "judged.safetensors")
 else:
@@ -131,6 +133,18 @@ def reward(history, item):
 OPTIONS = ["--data", "shop", "--device", "cpu", "--sft-steps", "4", "--sft-batch-size", "8", "--rl-steps", "4",
            "--batch-size", "4", "--group-size", "8", "--eval-prompts", "8", "--beam-width", "6", "--tau", "0.5",
            "--rho", "0.6", "--save-every", "2", "--method", "adagrpo-d", "--reward", "two_scores:reward"]
+
+MODEL = ["--model", "pictures", "--method", "grpo+nll", "--updates", "2", "--micro-batch-size", "1"]
+
+
+def save_model_that_sees_pictures(folder):
+    """Weights of which no text makes use, and which so have no gradient."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(sizes, vocab_size=24, num_key_value_heads=1, head_dim=8, sliding_window=512)
+    vision = dict(sizes, image_size=4, patch_size=2)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
 
 
 def judged():
@@ -181,6 +195,7 @@ def together(tmp_path_factory):
     (folder / "worker.py").write_text(WORKER)
     (folder / "two_scores.py").write_text(TWO_SCORES)
     jsonl(folder / "shop")
+    save_model_that_sees_pictures(folder / "pictures")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, REPOSITORY, str(folder)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py",
                *OPTIONS, "--out", "two"]
@@ -214,6 +229,19 @@ def test_torchrun_of_the_script_gives_the_run_of_one_process_written_once(togeth
         path.name for path in (folder / "one").iterdir()), "one process writes, once"
     assert len(re.findall("^two: policy", printed, re.MULTILINE)) == 1
     assert len(re.findall(r"\| +adagrpo-d +\|", printed)) == 2, "of this run and of the one that was resumed"
+
+
+def test_two_processes_train_a_model_with_weights_that_no_text_uses(together, monkeypatch):
+    folder, _ = together
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    nano.main([*OPTIONS, *MODEL, "--out", "pictures-one"])
+    one, two, start = (load_file(folder / name / "model.safetensors")
+                       for name in ("pictures-one/policy", "pictures-two/policy", "pictures"))
+    assert any("vision" in name for name in one) and one.keys() == two.keys()
+    assert all(torch.equal(one[name], start[name]) == ("layers" not in name or "vision" in name) for name in one
+               if one[name].shape == start[name].shape and "norm" not in name)
+    assert distance(one, two) < 1e-4
 
 
 def test_evaluation_is_shared_out_and_the_ranker_trained_once(together):

@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig
 
 import nanoadagrpo as nano
 
-from .helpers import DEVICE, logged, made, make_brief, refused, save_model
+from .helpers import DEVICE, FAMILIES, logged, made, make_brief, refused, save_model
 from .shops import CODES, jsonl, minionerec
 
 OPTIONS = ["--device", DEVICE, "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
@@ -150,14 +151,18 @@ def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone
     assert made(folder / "here") == made(folder / "whole")
 
 
-def test_a_model_goes_on_with_the_attention_that_its_folder_asks_for(folder, monkeypatch):
-    """Plain products of its configuration and fused ones round differently."""
+@pytest.mark.parametrize("family, kind", [("llama", "attn_implementation"), ("mixtral", "experts_implementation")])
+def test_a_model_goes_on_with_the_kind_of_products_that_its_folder_asks_for(folder, monkeypatch, family, kind):
+    """Plain ones and fused ones round differently."""
+    monkeypatch.setitem(FAMILIES, "mixtral", lambda **kw: MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=2, num_experts_per_tok=1, **kw))
     jsonl(folder / "shop")
-    options = ["--model", save_model(folder / "model"), "--sft-lr", "1e-2"]
+    options = ["--model", save_model(folder / "model", family), "--sft-lr", "1e-2"]
     path, asked, data_parallel = folder / "model" / "config.json", [], nano.data_parallel
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {kind: "eager"}))
     monkeypatch.setattr(nano, "data_parallel", lambda model: (
-        asked.append(model.config._attn_implementation), data_parallel(model))[1])
+        asked.append(getattr(model.config, f"_{kind}")), data_parallel(model))[1])
     begin("whole", *options)
     stopped_after(monkeypatch, 11, lambda: begin("here", *options))
     resume("here")
