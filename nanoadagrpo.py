@@ -643,8 +643,8 @@ def load_data(folder, cfg):
         log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
         n = len(shown) - int(len(shown) * cfg.log_holdout + 1e-9)
         if not log.click[:n].any():
-            raise UserError(f"{folder}/log{ending}: no click in the first {n} rows, which teach the ranker; add "
-                            "some, or take the file away: then it learns from purchases")
+            raise UserError(f"{folder}/log{ending}: no click in the first {n} rows, which teach the ranker; "
+                            "add some, or take the file away: then it learns from purchases")
         log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(shown) else None
         origin = f"{n} of {len(shown)} rows of log{ending}"
     else:  # the ranker learns to tell what was bought from 15 other items
