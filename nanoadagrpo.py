@@ -17,7 +17,7 @@ shop: data, toy world, ranker, models; Part III the workshop: processes, checkpo
 
 Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
- 2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-9 of the toy.
+ 2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-3 of the toy.
     So was rho, 0.3, where the paper has 0.1.
  3. Rollouts are sampled from the policy being trained, one update per rollout: eq. 4's ratio is 1, up to
     rounding. `--updates 2` takes a second step on the same rollouts; only then has `--epsilon` work to do.
@@ -951,6 +951,8 @@ def own_reward(cfg, names, history, item):
         function = getattr(importlib.import_module(module), name)
         parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
         torch.set_default_dtype(torch.float32)  # whatever it has set
+        if not names and differs(sorted(parts), item.device):  # all processes make their first call together
+            raise ValueError(f"parts {sorted(parts)}, and others in another process")
         names[:] = names or sorted(parts)
         if names != sorted(parts):
             raise ValueError(f"parts {sorted(parts)} instead of {names}")
@@ -1239,9 +1241,11 @@ def data_parallel(model):
     """The model; of several processes, a backward pass through it gives each the mean of all gradients."""
     if world_size() == 1:
         return model
-    images = model.config is not model.config.get_text_config()  # it may have weights that no text uses
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits.sum().backward()
+    unused = any(p.grad is None for p in model.parameters())  # such as those for pictures, which no text uses
+    model.zero_grad()
     # Buffers are constants; to broadcast them would hang where one process admits nobody.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=images)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
 
 
 def all_gather(pieces):
@@ -1252,6 +1256,11 @@ def all_gather(pieces):
     found = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(found, local)
     return torch.cat(found)
+
+
+def differs(value, device):
+    """Is it another one in another process?"""
+    return len(all_gather([torch.tensor([zlib.crc32(repr(value).encode())], device=device)]).unique()) > 1
 
 
 class Optimizer:
@@ -1343,6 +1352,8 @@ class Checkpoints:
         same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
         self.origin = {"set of flags": repr(same), "set of data": content.hexdigest(),
                        "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
+        if differs(self.origin, cfg.device):  # two machines, perhaps
+            raise UserError("the processes were given different data or flags; give all of them the same")
         if cfg.resume and self.files():
             path = self.files()[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):
@@ -1734,7 +1745,8 @@ def parse(argv):
             raise UserError(f"{what}: {library} is not installed; pip install {library}")
     with in_one_line(*TORCHRUN):
         processes = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.sft_batch_size % processes or cfg.batch_size % processes:
+        unequal = cfg.sft_batch_size % processes or cfg.batch_size % processes
+    if unequal:
         sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"
         raise UserError(f"{sizes}: {processes} processes cannot share them equally")
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -1759,9 +1771,6 @@ def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
     handlers, interrupt.code = {}, 0
     try:
-        with contextlib.suppress(ValueError):  # only the main thread may
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, interrupt)
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
             if cfg.device.startswith("cuda"):
@@ -1769,6 +1778,9 @@ def main(argv=None):
             with in_one_line(*TORCHRUN):
                 dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo",
                                         timeout=datetime.timedelta(days=1))  # for the ranker of one of them
+        with contextlib.suppress(ValueError):  # only the main thread may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, interrupt)
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         text, code, process = str(error), 2, os.environ.get("RANK", "0")
@@ -1780,7 +1792,7 @@ def main(argv=None):
         elif isinstance(error, RuntimeError):
             if not re.search("by peer|remote process", text):
                 raise
-            text = "another process has stopped, and says why"
+            text = "another process has stopped, and says why if it can; go on with --resume RUN"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
         if process != "0" and code == 2:  # torchrun stops it meanwhile if the first process says the same
