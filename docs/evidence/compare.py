@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs of the script on your data, one per seed, as one table: mean and standard deviation, and two simple yardsticks.
+"""Runs of the script, on your data or the toy, one per seed, as one table: mean and spread, and two simple yardsticks.
 
     python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
     python docs/evidence/compare.py s0 s1 s2
@@ -22,9 +22,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # measure this checko
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from report import COLOURS  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
+
+COLOURS = {"nll": "0.35", "grpo": "C4", "grpo+nll": "C1", "adagrpo-d": "C2", "adagrpo-r": "C5", "adagrpo": "C0",
+           "random-gate": "C3", "oracle-gate": "C8"}  # of the report's figures too
+
+
+def data_of(cfg):
+    return nano.toy_world(cfg) if cfg.toy else nano.load_data(cfg.data, cfg)
 
 
 def popularity(data):
@@ -89,7 +95,7 @@ def collect(found):
     """{row: [{metric: value} of each run]}: the methods in the order of the runs, then the yardsticks."""
     rows = {}
     for cfg, lines in found:
-        data = nano.load_data(cfg.data, cfg)
+        data = data_of(cfg)
         test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
         yardsticks = {"popularity": serve(popularity(data), test),
                       "ranker alone": serve(ranker_alone(data, dataclasses.replace(cfg, reward="")), test)}
@@ -145,7 +151,7 @@ def over_runs(each):
 def draw(found, path):
     """Left the supervised steps, right the methods from there on."""
     cfg = found[0][0]
-    n = min(-(-cfg.eval_prompts // 4), len(nano.load_data(cfg.data, cfg).valid.target))
+    n = min(-(-cfg.eval_prompts // 4), len(data_of(cfg).valid.target))
     losses, methods = over_runs([curves(lines, n) for _, lines in found])
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -23,6 +23,7 @@ from arithmetic import (
     split_users,
     verdict,
 )
+from compare import COLOURS
 from matplotlib.figure import Figure
 from measure import DWELL, EFFECTIVE, VISIT
 
@@ -455,9 +456,6 @@ def table_verdicts(results):
 
 
 # == Figures ==========================================================================================================
-
-COLOURS = {"nll": "0.35", "grpo": "C4", "grpo+nll": "C1", "adagrpo-d": "C2", "adagrpo-r": "C5", "adagrpo": "C0",
-           "random-gate": "C3", "oracle-gate": "C8"}
 
 
 def band(axes, x, values, name, scale=1):

@@ -51,7 +51,7 @@ def trainer(output_dir, cls=AdaGRPOTrainer, dtype=torch.float32, negatives=1, ga
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(output_dir, **{**usual, **settings}),
         negatives=negatives,
-        gate=gate or {"rho": 0.5},  # of six rollouts and one negative, a tenth would be the last place alone
+        gate=gate or {"rho": 0.5},  # five rollouts: by a tenth, a negative needs one of the last 3 of 7 places
     )
 
 

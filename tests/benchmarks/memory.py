@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How many bytes of tensors the script holds at most, in a step and in a search, beside the formula of docs/scale.md.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/memory.py              # three sizes; ten minutes, no GPU
+    OMP_NUM_THREADS=1 python tests/benchmarks/memory.py              # three sizes; ten minutes, no GPU
     python tests/benchmarks/memory.py --device cuda                  # what a GPU's allocator says, larger models
 
 On a CPU the result of every operation is counted from when it is made until it is freed, as the allocator of a GPU

@@ -44,9 +44,9 @@ def run(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def run(script, out):
+    def run(script, out, methods="grpo+nll"):
         monkeypatch.setattr(script, "toy_world", lambda cfg: small_toy(cfg))
-        script.main([*FLAGS, "--method", "grpo+nll", "--out", out])
+        script.main([*FLAGS, "--method", methods, "--out", out])
         rows = map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines())
         return [row for row in rows if row["phase"] == "rl"]
 
@@ -85,7 +85,8 @@ def test_the_penalty_is_the_estimator_of_the_page():
 
 
 def test_the_shares_are_read_from_a_run(run, tmp_path):
-    rows = run(nano, "mine")
+    """Of a run with other methods, those of AdaGRPO."""
+    rows = [row for row in run(nano, "mine", "grpo,adagrpo") if row["method"] == "adagrpo"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(SHARES.replace("RUN", "mine"), {})
     says = dict(line.split() for line in printed.getvalue().splitlines())

@@ -4,6 +4,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import compare
 import pytest
@@ -136,3 +139,23 @@ def test_curves_of_several_runs_are_their_mean_and_the_spread_of_their_change():
     x, values, errors = methods["nll"]  # changes of 2 and 6
     assert x == [0, 3] and values.tolist() == [15.0, 19.0] and errors == pytest.approx([0, 8**0.5])
     assert compare.over_runs(each[:1]) == each[0]
+
+
+def test_runs_of_the_toy_are_compared_too(tmp_path, monkeypatch):
+    small = nano.World(codes=6, items=60, users=40, impressions=8)
+    monkeypatch.setattr(nano, "toy_world", lambda cfg, real=nano.toy_world: real(cfg, small))
+    for seed in (0, 1):
+        (tmp_path / f"s{seed}").mkdir()
+        config = dataclasses.asdict(nano.Settings(toy=True, seed=seed, device="cpu", eval_prompts=20))
+        (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps(config))
+        line = {"phase": "test", "method": "nll", "hr@10": 0.1}
+        (tmp_path / f"s{seed}" / "metrics.jsonl").write_text(json.dumps(line))
+    rows = compare.collect([compare.read(tmp_path / f"s{seed}") for seed in (0, 1)])
+    assert [*rows] == ["nll", "popularity", "ranker alone"] and all(0 < row["hr@10"] < 1 for row in rows["popularity"])
+
+
+def test_what_the_readmes_first_command_installs_is_enough():
+    """SciPy belongs to the extra of the evidence; this program is for everybody."""
+    code = "import sys; sys.modules['scipy'] = None; sys.path.insert(0, 'docs/evidence'); import compare"
+    root = Path(compare.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).returncode == 0
