@@ -6,8 +6,11 @@ import json
 import os
 import pathlib
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -258,6 +261,44 @@ def test_two_processes_resume_to_the_same_bits(together):
         assert (together[0] / "half" / name).read_bytes() == (together[0] / "two" / name).read_bytes()
 
 
+def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(monkeypatch, capsys, tmp_path):
+    """As on two machines, one of which has last week's files. The second process says something else to everything."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "two_scores.py").write_text(TWO_SCORES)
+    jsonl(tmp_path / "shop")
+    assert not nano.differs(["a"], "cpu")
+    both = nano.all_gather
+    monkeypatch.setattr(nano, "all_gather", lambda pieces: (
+        torch.cat([*pieces, pieces[0] + 1]) if pieces[0].dtype == torch.long and pieces[0].numel() == 1
+        else both(pieces)))
+    assert nano.differs(["a"], "cpu")
+    line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
+    assert "parts ['item', 'last'], and others in another process" in line and not (tmp_path / "here").exists()
+    line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
+    assert line == "nanoadagrpo: the processes were given different data or flags; give all of them the same"
+
+
+def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):
+    """The other one never comes. What waits is no Python, and would not hand the signal on to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": ROOT, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, nano.__file__, "--toy", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    for _ in range(600):  # until it listens: then it waits
+        time.sleep(0.1)
+        with socket.socket() as line:
+            if line.connect_ex(("127.0.0.1", port)) == 0:
+                break
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(timeout=30) in (-signal.SIGTERM, 143)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_of_several_processes_the_first_says_what_is_wrong_or_else_the_one_that_knows(monkeypatch, capsys, rank):
     """torchrun ends the others while they wait, if the first one has said it."""
@@ -280,7 +321,7 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "RANK": "0"},
-                                   {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}], ids=str)
+                                   {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "0"}], ids=str)
 def test_a_part_of_what_torchrun_sets_is_one_line(given, monkeypatch, capsys, tmp_path):
     """Batch systems and containers export some of it."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
