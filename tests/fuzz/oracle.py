@@ -6,6 +6,7 @@ It raises Bad where a file cannot be right. `doubts` lists what may be refused o
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
@@ -32,6 +33,10 @@ class Reading:
         self.ending = ".csv" if self.csv else ".jsonl"
         self.sids = self.read_catalogue()
         self.items = {self.joined(sid): i for i, sid in enumerate(self.sids)}
+        other = {".csv": ".jsonl", ".jsonl": ".csv"}[self.ending]
+        for name in EXTRA:
+            if os.path.lexists(self.folder / (name + other)):
+                raise Bad(name + other, f"of another layout than {self.source}")
         for name in [*SPLITS, *EXTRA]:
             path = self.folder / (name + self.ending)
             if name in SPLITS or path.is_symlink() or path.exists():
@@ -43,6 +48,11 @@ class Reading:
                     raise
                 if not self.tables[name]:
                     raise Bad(path.name, "no rows")
+        clicks = [any(click) for _, _, click, _ in self.tables.get("log", ())]
+        if clicks and not any(clicks):
+            raise Bad("log" + self.ending, "no click")
+        if clicks and not any(clicks[: len(clicks) // 2]):
+            self.doubts.append("no click in what is not held out")
 
     def joined(self, sid):
         return "".join(sid) if self.csv and all(isinstance(x, str) for x in sid) else repr(list(sid))
@@ -92,6 +102,8 @@ class Reading:
                 raise Bad(file, "tokens of various sorts")
             if any(isinstance(x, str) and (x in RESERVED or not x.isprintable()) for x in sid):
                 raise Bad(file, "reserved, or not printable")
+            if any(re.search("><._", str(x)) for x in sid):
+                raise Bad(file, "a token that would be two words")
             if file == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid):
                 raise Bad(file, "a token that a cell could not hold")
             if any(x == "" for x in sid):
@@ -108,6 +120,12 @@ class Reading:
         if key not in self.items:
             raise Bad(file, "not a Semantic ID of the catalogue", lines)
         return self.items[key]
+
+    def almost_order(self, file, names, lines):
+        """Would a column be left out because of its spelling?"""
+        for name in names:
+            if name != "order" and re.sub(r"^\W+|\W+$", "", str(name)).lower() in ("order", "orders", "ordered"):
+                raise Bad(file, f"{name!r:.40}, which is not read", lines)
 
     def row(self, file, row, lines, log):
         """{field: value} -> (history, target), or (history, shown, click, order) of a log."""
@@ -138,6 +156,8 @@ class Reading:
             row = self.json(file, text_of_row, [line])
             if not isinstance(row, dict):
                 raise Bad(file, "not a dictionary", [line])
+            if log:
+                self.almost_order(file, row, [line])
             yield self.row(file, row, [line], log)
 
     def csv_rows(self, file, log):
@@ -149,6 +169,8 @@ class Reading:
         for field, column in fields.items():
             if header.count(column) != 1 and (field != "order" or column in header):
                 raise Bad(file, f"not one column {column}", [1, *lines])
+        if log:
+            self.almost_order(file, header, ())
         for lines, cells in records:
             if not cells:
                 continue
