@@ -1617,8 +1617,8 @@ def make_folder(cfg):
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
-        if rank() > 0:
-            return out
+        if rank() > 0:  # which says how to go on, and does not know the number that the first process finds
+            return Path(cfg.out or "RUN")
         partial = out.parent / f".{os.getpid()}-{time.time_ns()}.partial"
         created = [parent for parent in out.parents if not os.path.lexists(parent)]
         try:
