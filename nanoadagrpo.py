@@ -618,7 +618,8 @@ def load_data(folder, cfg):
     if not source:
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md")
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
-    for path in (folder / f"{name}{x}" for name in ("rl", "log") for x in (".csv", ".jsonl") if x != ending):
+    others = [other for other, _ in LAYOUTS.values() if other != ending]
+    for path in (folder / f"{name}{other}" for name in ("rl", "log") for other in others):
         if os.path.lexists(path):
             raise UserError(f"{path}: {source} goes with {ending} files; convert this one, or move it away")
 
@@ -672,8 +673,8 @@ def read_catalogue(path):
     for name, sid in entries.items() if isinstance(entries, dict) else ():
         kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), like)]
         if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
-                or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable() for code in sid)
-                or any(re.search("><._", str(code)) for code in sid)  # the tokenizer would read two words
+                or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable()
+                       or re.search("><._", str(code)) for code in sid)  # which would be read as two words
                 or (path.name == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid))):
             raise UserError(f"{path}, item {name!s:.40}: got {sid!r:.80}; expected a list of tokens such as "
                             f"{first!r:.60}, the same number of tokens of the same sort in each; rename "
@@ -734,8 +735,8 @@ def read_rows(path, catalogue, source, fields):
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
             if is_csv and None in row:
                 raise UserError("more cells than the header has")
-            close = [x for x in row if x != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", str(x), re.I)]
-            if close and "order" in columns:
+            passed_over = row.keys() - columns.values() if "order" in columns else ()
+            if close := sorted(x for x in passed_over if re.fullmatch(r"\W*order(s|ed)?\W*", x, re.I)):
                 raise UserError(f"{close[0]!r:.40} is not read; call it order, or leave it out")
             for field, column in columns.items():
                 cell = row.get(column, row)
@@ -1614,11 +1615,11 @@ def write_report(out, cfg, results, about, influence):
 
 def make_folder(cfg):
     """A new folder with config.json in it: it appears whole or not at all, and never over anything."""
+    if rank() > 0:  # it says how to go on, and does not know the number that the first process finds
+        return Path(cfg.out or "RUN")
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
-        if rank() > 0:  # which says how to go on, and does not know the number that the first process finds
-            return Path(cfg.out or "RUN")
         partial = out.parent / f".{os.getpid()}-{time.time_ns()}.partial"
         created = [parent for parent in out.parents if not os.path.lexists(parent)]
         try:

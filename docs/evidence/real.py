@@ -111,15 +111,15 @@ def prepare(cfg, yahoo, folder, tuning):
 
 
 def serve(policy, ranker, prompts, cfg):
-    """(n, W) beams without items of the prompt's history, most likely first, -1 behind their end; and `evaluate`'s two.
+    """(n, W) beams without items of the prompt's history, most likely first, -1 behind their end; and all beams.
 
     What is known to be liked is not served again, by no policy and no yardstick. The search is wider by a history, so
     that W may be left of it.
     """
     wider = dataclasses.replace(cfg, beam_width=cfg.beam_width + cfg.max_history)
-    metrics, each = nano.evaluate(policy, ranker, prompts, wider)
+    _, each = nano.evaluate(policy, ranker, prompts, wider)
     known = (each["item"][:, :, None] == prompts.history[:, None]).any(2)
-    return measure.top(each["item"].masked_fill(known, -1).numpy(), cfg.beam_width), metrics, each
+    return measure.top(each["item"].masked_fill(known, -1).numpy(), cfg.beam_width), each
 
 
 def hit(served, target):
@@ -195,12 +195,12 @@ def judge(setup, ranker, power=1):
     With a power of 3 the policy's probabilities are sharpened to the third power before samples are drawn: its order
     and what it serves stay as they are. All but a trace of the third powers lies in the beams, which are summed over.
     """
-    served, metrics, each = serve(setup.policy, ranker, setup.judged, setup.cfg)
+    served, each = serve(setup.policy, ranker, setup.judged, setup.cfg)
     logp = item_logp(setup.policy, setup.judged.history, setup.item)
     total = np.exp(power * setup.policy.catalogue.L * each["logp"].numpy()).sum(1, keepdims=True) if power > 1 else 1.0
     mass = np.exp(power * logp) / total
     table = per_user(logp, setup.item.numpy(), setup.liked, served, setup.judged.target.numpy(), mass)
-    return metrics | {"entropy": entropy(served[:, 0])}, table
+    return {"entropy": entropy(served[:, 0])}, table
 
 
 def entropy(item):
@@ -384,15 +384,6 @@ def origin(args):
             "code": run.code_of("real.py", "real_data.py", "measure.py", "arithmetic.py")}
 
 
-def read_doses(path, made):
-    """What --tune wrote; refused where it was found with other ratings or settings."""
-    doses = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key in ("settings", "ratings") if doses.get(key) != made[key]]
-    if changed:
-        raise UserError(f"--dose {path}: was chosen for other {' and '.join(changed)}; run --tune again")
-    return doses
-
-
 def tune(args, made):
     """The learning rate at which NLL continued does best, then each method's lambda: by HR@10 on validation alone."""
     out = args.out / "tune"
@@ -447,7 +438,7 @@ def main(argv=None):
         run.same_origin(args.out, made)
         if args.tune:
             return tune(args, made)
-        doses = read_doses(args.dose, made)
+        doses = run.read_doses(args.dose, made, ("settings", "ratings"))
         arms = plan(doses)
         work_through(args, args.out, [None, *arms])
         results = Results(args.seeds, doses, [run.load(args.out, seed, "base") for seed in args.seeds],

@@ -255,13 +255,13 @@ def tune(args, made):
     return page
 
 
-def read_doses(path, made):
-    """What --tune wrote, or nothing; refused where it was found in another world."""
+def read_doses(path, made, keys=("settings", "world")):
+    """What --tune wrote, or nothing; refused where it was found under other settings, or in another world."""
     if not path.exists():
         return NO_DOSES
     page = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("settings", "world"):
-        if page[key] != made[key]:
+    for key in keys:
+        if page.get(key) != made[key]:
             raise UserError(f"--dose {path}: was chosen for other {key}; run --tune again, or name another file")
     return page
 

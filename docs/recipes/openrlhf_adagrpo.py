@@ -60,7 +60,7 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
         order = torch.tensor([row for batch in experiences for row in batch.index]).argsort()  # groups side by side
         token_logp = [(batch.action_log_probs.float(), batch.action_mask.bool()) for batch in experiences]
         logp = [core.length_normalized(*each) for each in token_logp]
-        rewards = torch.cat([batch.rewards for batch in experiences])[order]
+        rewards = torch.cat([batch.rewards for batch in experiences])[order].float()
         rows = [
             (prompt, sequence[1:][mask.bool()].tolist(), label)
             for batch in experiences
@@ -75,11 +75,10 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
             drawn = negative_rows(torch.rand(B, B * k, generator=self.generator), k=k, m=NEGATIVES).tolist()
             pairs = [(rows[b * (k + 1)], rows[row]) for b in range(B) for row in drawn[b]]
             scores = score([own[0] for own, _ in pairs], [other[1] for _, other in pairs], [own[2] for own, _ in pairs])
-            negatives = torch.tensor(scores).reshape(B, NEGATIVES)
+            negatives = torch.tensor(scores, dtype=rewards.dtype).reshape(B, NEGATIVES)
 
-        logp, rewards, negatives = (x.float() for x in (torch.cat(logp)[order], rewards, negatives))
         repeats = torch.tensor(repeats_of_truth([tokens for _, tokens, _ in rows], k))
-        grouped = core.group(logp, k + 1), core.group(rewards, k + 1), negatives, repeats
+        grouped = core.group(torch.cat(logp)[order], k + 1), core.group(rewards, k + 1), negatives, repeats
         advantages, admitted = advantage_rows(*grouped, **GATE)
         advantages = core.ungroup(advantages)[order.argsort()].split([len(batch.index) for batch in experiences])
         each = admitted.float().repeat_interleave(k + 1)[order.argsort()].split([len(a) for a in advantages])

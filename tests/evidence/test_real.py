@@ -296,7 +296,7 @@ def test_what_is_served_and_validated_holds_no_item_of_the_history():
     prompts = nano.Prompts(history[:, :3].clone(), history[:, 3].clone(), torch.arange(20))
     prompts.history[3, :2] = -1
     policy, ranker = nano.tiny_policy(catalogue, cfg), nano.Ranker(catalogue, heads=1)
-    served, _, _ = real.serve(policy, ranker, prompts, cfg)
+    served, _ = real.serve(policy, ranker, prompts, cfg)
     _, wide = nano.evaluate(policy, ranker, prompts, dataclasses.replace(cfg, beam_width=8))
     passed, hits = 0, []
     for past, items, found, target in zip(prompts.history.tolist(), wide["item"].tolist(), served.tolist(),

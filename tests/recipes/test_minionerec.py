@@ -17,14 +17,14 @@ def minionerec_loss(logp, old, advantages, mask):
     return ((per_token * mask).sum(1) / mask.sum(1)).mean()
 
 
-def trainer_of(case, ranker, process=0, logp=None):
+def trainer_of(case, ranker, logp=None):
     return SimpleNamespace(
         num_generations=K + 1,
         model=None,
         _get_per_token_logps=lambda model, ids, attend, length: case.logp(case.start) if logp is None else logp,
         args=SimpleNamespace(seed=0),
         state=SimpleNamespace(global_step=7),
-        accelerator=SimpleNamespace(process_index=process),
+        accelerator=SimpleNamespace(process_index=0),
         reward_funcs=[ranker],
         reward_weights=torch.ones(1),
         _metrics=defaultdict(list),
