@@ -85,7 +85,7 @@ import adagrpo_core as core
 # V tokens that the policy knows, N items. An item is its row in `catalogue.tokens` (N, L), and
 # `catalogue.item` finds it by its tokens; -1 is none: left padding, or a hallucination.
 # From later parts: `batches`, the row numbers of each step; `local_micro_batches`, this process's slices
-# of a batch; `all_gather`, what they gave -> the whole batch.
+# of a batch; `all_gather`, what they gave -> the whole batch; `sum_gradients`, over all processes.
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -176,10 +176,6 @@ class Policy:
         on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
 
-    @functools.cached_property
-    def data_parallel_model(self):  # made at the first pass with a gradient, which DDP is for
-        return data_parallel(self.model)
-
     def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
@@ -192,11 +188,10 @@ class Policy:
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
         cache = DynamicCache(kv_cache)  # shares the tensors, so that one prompt can be continued many times
-        model = self.data_parallel_model if torch.is_grad_enabled() else self.model
         # Only products are in bfloat16: bfloat16 weights would round small updates away.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
-                           logits_to_keep=keep, **{self.cache_name: cache}).logits
+            logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
+                                logits_to_keep=keep, **{self.cache_name: cache}).logits
         logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # not in bfloat16
         return logp, [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -344,8 +339,9 @@ def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_
         for part in local_micro_batches(B, cfg.micro_batch_size):
             _, target_logp = prefill(policy, batch.history[part], batch.target[part])
             nll = core.nll_loss(target_logp)
-            (nll.sum() / B * world_size()).backward()  # DDP averages over processes
+            (nll.sum() / B).backward()
             nlls.append(nll.detach())
+        sum_gradients(policy.model)
         nll = all_gather(nlls)
         norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
         log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
@@ -462,8 +458,9 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
                     surrogate = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
                     grpo[rows], ratio[rows] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
-                (loss * world_size()).backward()
+                loss.backward()
                 terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
+            sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **must_be_finite, nll=nll, grpo=grpo)
 
@@ -910,8 +907,7 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
         loss = loss / shown.mean()  # rows may be of different lengths
         loss.backward()
         optimizer.step(f"ranker, step {step + 1}", loss=loss)
-    for parameter in ranker.parameters() if dist.is_initialized() else ():
-        dist.broadcast(parameter.data, 0)
+    broadcast(ranker)
     return ranker.eval().requires_grad_(False)
 
 
@@ -1238,15 +1234,23 @@ def local_micro_batches(B, size):
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def data_parallel(model):
-    """The model; of several processes, a backward pass through it gives each the mean of all gradients."""
-    if world_size() == 1:
-        return model
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits.sum().backward()
-    unused = any(p.grad is None for p in model.parameters())  # such as those for pictures, which no text uses
-    model.zero_grad()
-    # Buffers are constants; to broadcast them would hang where one process admits nobody.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused)
+def broadcast(module):
+    """To all processes the weights of the first."""
+    for p in module.parameters() if dist.is_initialized() else ():
+        dist.broadcast(p.data, 0)
+
+
+def sum_gradients(module):
+    """Over all processes. A weight that none of them has used stays without a gradient, as in one process."""
+    if not dist.is_initialized():
+        return
+    parameters = list(module.parameters())
+    uses = torch.tensor([int(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(uses)
+    for p, n in zip(parameters, uses.tolist(), strict=True):
+        if n:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
 
 
 def all_gather(pieces):
@@ -1338,6 +1342,19 @@ def weights(module):
     return {name: x.detach() for x, name in once.items()}
 
 
+def origin_of(cfg, data):
+    """What a run cannot be resumed without; all processes have to agree on it."""
+    content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
+    for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
+        content.update(b"" if x is None else x.cpu().numpy().tobytes())
+    same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
+    origin = {"set of flags": repr(same), "set of data": content.hexdigest(),
+              "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
+    if differs(origin, cfg.device):  # two machines, perhaps
+        raise UserError("the processes were given different data or flags; give all of them the same")
+    return origin
+
+
 class Checkpoints:
     """RUN/checkpoint-ROWS-CHECKSUM.safetensors: all that a run needs to go on, in one file without pickle.
 
@@ -1345,16 +1362,8 @@ class Checkpoints:
     that is killed at any moment has a whole one, or none yet. The checksum in its name shows later damage.
     """
 
-    def __init__(self, out, cfg, data):
-        self.out, self.policy, self.state, self.base, self.best = out, None, {}, {}, {}
-        content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
-        for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
-            content.update(b"" if x is None else x.cpu().numpy().tobytes())
-        same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
-        self.origin = {"set of flags": repr(same), "set of data": content.hexdigest(),
-                       "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
-        if differs(self.origin, cfg.device):  # two machines, perhaps
-            raise UserError("the processes were given different data or flags; give all of them the same")
+    def __init__(self, out, cfg, catalogue, origin):
+        self.out, self.origin, self.policy, self.state, self.base, self.best = out, origin, None, {}, {}, {}
         if cfg.resume and self.files():
             path = self.files()[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):
@@ -1377,7 +1386,7 @@ class Checkpoints:
                 for found in (self.base, self.best.get("weights", {}), self.state["policy"]):
                     if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
                         raise ValueError("its weights are of another model")
-                self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
+                self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
 
     def files(self):
         return sorted(self.out.glob("checkpoint-*.safetensors"))  # oldest first
@@ -1519,10 +1528,12 @@ def run(cfg):
     begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))  # the policy is there
     # Before the folder is made: what is refused leaves none behind.
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
+    origin = origin_of(cfg, data)
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
-        checkpoints = Checkpoints(out, cfg, data)
+        checkpoints = Checkpoints(out, cfg, data.catalogue, origin)
         policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
+        broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
         return train_all(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)

@@ -111,14 +111,15 @@ from safetensors.torch import save_file
 import nanoadagrpo as nano
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # not yet: there is no second group
 runpy.run_path(nano.__file__, run_name="__main__")
-from tests.nano.test_processes import MODEL, OPTIONS, SHARED, judged, sft, stopped_and_resumed
+from tests.nano.test_processes import MODEL, OPTIONS, SHARED, judged, sft, stopped_and_resumed, summed
 from tests.nano.test_step import METHODS, cfg, train
-stopped_and_resumed("two", "half")
+stopped_and_resumed("half")
 nano.main([*OPTIONS, *MODEL, "--out", "pictures-two"])
 if dist.get_rank() == 0:
     save_file(judged(), "judged.safetensors")
+    open("summed.json", "w").write(json.dumps(summed()))
 else:
-    judged()
+    judged(), summed()
 for name in ["sft", *METHODS]:
     made, rows = sft(micro_batch_size=2) if name == "sft" else train(name, cfg(**SHARED, micro_batch_size=2))
     if dist.get_rank() == 0:
@@ -159,14 +160,23 @@ def judged():
     return mean | each | {f"ranker/{key}": x.clone() for key, x in ranker.state_dict().items()}
 
 
+def summed():
+    """Gradients of four weights, of which process n has used the n-th and the last, after `sum_gradients`."""
+    weights = torch.nn.ParameterList(torch.ones(2) for _ in range(4))
+    number = nano.rank()
+    ((number + 1) * weights[number] + (number + 5) * weights[3]).sum().backward()
+    nano.sum_gradients(weights)
+    return [None if x.grad is None else x.grad.tolist() for x in weights]
+
+
 def clicks():
     item = (torch.arange(16)[:, None] + torch.arange(3)) % CATALOGUE.N
     return nano.ImpressionLog(PROMPTS.history[torch.arange(16) % len(PROMPTS.target)], item, item % 3 == 0, None)
 
 
-def stopped_and_resumed(whole, half):
-    """The run `whole` once more into `half`, interrupted in the middle of its steps and resumed."""
-    argv = [*OPTIONS, "--out", half]
+def stopped_and_resumed(half, *more):
+    """The run of OPTIONS once more into `half`, interrupted in the middle of its steps and resumed."""
+    argv = [*OPTIONS, *more, "--out", half]
     call = nano.MetricsLog.__call__
 
     def interrupted(log, **row):
@@ -199,12 +209,15 @@ def together(tmp_path_factory):
     (folder / "two_scores.py").write_text(TWO_SCORES)
     jsonl(folder / "shop")
     save_model_that_sees_pictures(folder / "pictures")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, REPOSITORY, str(folder)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py",
-               *OPTIONS, "--out", "two"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return folder, by_torchrun(2, "worker.py", *OPTIONS, "--out", "two", cwd=folder).stdout
+
+
+def by_torchrun(n, *words, cwd):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, REPOSITORY, str(cwd)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return done
 
 
 @pytest.mark.parametrize("name", ["sft", *METHODS])
@@ -255,10 +268,33 @@ def test_evaluation_is_shared_out_and_the_ranker_trained_once(together):
         torch.testing.assert_close(shared[key].double(), x.double(), rtol=1e-5, atol=1e-7)
 
 
+def same_bits(one, other):
+    files = "policy/model.safetensors", "ranker.safetensors"
+    return written(one) == written(other) and all((one / x).read_bytes() == (other / x).read_bytes() for x in files)
+
+
 def test_two_processes_resume_to_the_same_bits(together):
-    assert written(together[0] / "half") == written(together[0] / "two")
-    for name in ("policy/model.safetensors", "ranker.safetensors"):
-        assert (together[0] / "half" / name).read_bytes() == (together[0] / "two" / name).read_bytes()
+    assert same_bits(together[0] / "half", together[0] / "two")
+
+
+@pytest.mark.skipif("DEEP_TESTS" not in os.environ, reason="DEEP_TESTS=1: three more starts of three processes")
+def test_three_processes_resume_to_the_same_bits(tmp_path):
+    """Of three numbers, unlike two, the sum depends on the order, which may not depend on when a run was begun."""
+    (tmp_path / "two_scores.py").write_text(TWO_SCORES)
+    jsonl(tmp_path / "shop")
+    sizes = ["--sft-batch-size", "9", "--batch-size", "6"]
+    (tmp_path / "worker.py").write_text("import torch.distributed as dist\n"
+                                        "destroy, dist.destroy_process_group = dist.destroy_process_group, int\n"
+                                        "from tests.nano.test_processes import stopped_and_resumed\n"
+                                        f"stopped_and_resumed('half', *{sizes})\ndestroy()")  # fmt: skip
+    by_torchrun(3, nano.__file__, *OPTIONS, *sizes, "--out", "three", cwd=tmp_path)
+    by_torchrun(3, "worker.py", cwd=tmp_path)
+    assert same_bits(tmp_path / "half", tmp_path / "three")
+
+
+def test_gradients_are_summed_where_a_process_has_not_used_a_weight(together):
+    """What none has used stays without, so that the optimizer leaves it alone."""
+    assert json.loads((together[0] / "summed.json").read_text()) == [[1, 1], [2, 2], None, [11, 11]]
 
 
 def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(monkeypatch, capsys, tmp_path):
@@ -277,6 +313,7 @@ def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(m
     assert "parts ['item', 'last'], and others in another process" in line and not (tmp_path / "here").exists()
     line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
     assert line == "nanoadagrpo: the processes were given different data or flags; give all of them the same"
+    assert not (tmp_path / "here").exists()
 
 
 def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):
