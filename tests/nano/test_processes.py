@@ -105,7 +105,7 @@ SHARED = dict(batch_size=8, rl_steps=2, updates=2, epsilon=0.01, negatives=1, rh
 # First the script itself, as torchrun starts it. Then every method in float64, each process with its share of the
 # batch, two micro-batches each; the first one writes it down.
 WORKER = """
-import json, runpy
+import json, pathlib, runpy
 import torch.distributed as dist
 from safetensors.torch import save_file
 import nanoadagrpo as nano
@@ -127,7 +127,10 @@ for name in ["sft", *METHODS]:
         open(f"{name}.json", "w").write(json.dumps([{k: float(v) if hasattr(v, "item") else v for k, v in row.items()}
                                                     for row in rows]))
     dist.barrier()
+number = dist.get_rank()
 destroy()
+names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+pathlib.Path(f"threads-{number}.json").write_text(json.dumps([name for name in names if "gloo" in name]))
 """
 # Scores of each process's own rows, in several parts.
 TWO_SCORES = """
@@ -290,6 +293,12 @@ def test_three_processes_resume_to_the_same_bits(tmp_path):
     by_torchrun(3, nano.__file__, *OPTIONS, *sizes, "--out", "three", cwd=tmp_path)
     by_torchrun(3, "worker.py", cwd=tmp_path)
     assert same_bits(tmp_path / "half", tmp_path / "three")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are listed there on Linux alone")
+def test_no_thread_of_the_processes_group_outlives_it(together):
+    """One that is still at work while Python ends makes the process abort: a complete run then counts as failed."""
+    assert [(together[0] / f"threads-{number}.json").read_text() for number in (0, 1)] == ["[]", "[]"]
 
 
 def test_gradients_are_summed_where_a_process_has_not_used_a_weight(together):
