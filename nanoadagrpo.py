@@ -947,7 +947,9 @@ def own_reward(cfg, names, history, item):
         module, _, name = cfg.reward.partition(":")
         function = getattr(importlib.import_module(module), name)
         parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
-        torch.set_default_dtype(torch.float32)  # whatever it has set
+        if (torch.get_default_dtype(), torch.get_default_device().type) != (torch.float32, "cpu"):
+            torch.set_default_dtype(torch.float32), torch.set_default_device(None)
+            raise ValueError("it changes torch's default dtype or device; name them where tensors are made")
         if not names and differs(sorted(parts), item.device):  # all processes make their first call together
             raise ValueError(f"parts {sorted(parts)}, and others in another process")
         names[:] = names or sorted(parts)
@@ -956,11 +958,12 @@ def own_reward(cfg, names, history, item):
         if any(np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")) for x in parts.values()):
             raise ValueError("a masked array or complex numbers, which torch would read otherwise")
         # In float64: of large scores, such as times in seconds, float32 would make ties.
+        parts = {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in parts.items()}  # read-only ones
         parts = {key: torch.as_tensor(parts[key], dtype=torch.float64, device=item.device) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
         if not all(x[item >= 0].float().isfinite().all() for x in parts.values()):
-            raise ValueError("a score is not finite")
+            raise ValueError("a score is not finite, or beyond float32")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
     except KeyboardInterrupt:
         raise
@@ -1088,10 +1091,11 @@ def pretrained_policy(catalogue, cfg):
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True)
-        broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-        if found["missing_keys"] or broken:
-            raise ValueError(f"{min(found['missing_keys'] or broken)} is missing, or not finite")
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]),
+                 *(name for name, p in model.named_parameters() if not p.isfinite().all())]
+        if wrong:
+            raise ValueError(f"{min(wrong)} is missing, of another shape, or not finite")
         for p in model.parameters():  # copies: where it begins in the file's memory can decide a last digit
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
@@ -1518,6 +1522,7 @@ def picture(rows, path):
 def run(cfg):
     """Everything, from the data to the report; returns {method: metrics}."""
     transformers.utils.logging.disable_progress_bar()  # of saving; ours stay
+    transformers.utils.logging.set_verbosity_error()  # no tables before what is refused in one line
     # With several threads, sums into one place (the gradient of an index) would come in any order otherwise.
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written

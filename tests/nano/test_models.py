@@ -531,7 +531,11 @@ REFUSED = {
     "pickle": (pickled, ["llama", "safetensors"]),
     "cut short": (cut_short, ["llama", "safetensors"]),
     "a layer is missing": (lambda folder: edit_config(save_model(folder), num_hidden_layers=3),
-                           ["llama", "model.layers.2."]),
+                           ["llama", "model.layers.2.", "is missing"]),
+    "weights of another shape": (lambda folder: edit_config(save_model(folder), intermediate_size=7),
+                                 ["llama", "model.layers.0.mlp.", "of another shape"]),
+    "a table of another size": (lambda folder: edit_config(save_model(folder), vocab_size=99),
+                                ["llama", "of another shape"]),
     "code": (with_code, ["code"]),
     "an empty folder": (lambda folder: folder.mkdir(), []),
 }
@@ -542,8 +546,10 @@ def test_a_model_that_cannot_work_is_refused_by_name_in_one_line(folder, capsys,
     make(folder / "model")
     with pytest.raises(SystemExit) as end:
         run(jsonl(folder / "shop"), "--model", "model", "--out", "here")
-    line = capsys.readouterr().err.splitlines()[-1]
+    printed = capsys.readouterr().err
+    line = printed.splitlines()[-1]
     assert end.value.code == 2 and line.startswith("nanoadagrpo: --model model")
+    assert "REPORT" not in printed and "[transformers]" not in printed
     for word in words:
         assert word in line, line
     assert not pathlib.Path("here").exists() and not pathlib.Path("broken-in").exists()

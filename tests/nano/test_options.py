@@ -160,18 +160,36 @@ def test_scores_that_float32_could_not_tell_apart_are_ranked_as_they_are(mine, t
 
 
 def test_what_a_reward_does_to_torch_does_not_reach_the_policy(mine, folder):
-    """Its module wants float64 and another seed, removes the current folder from the path: training stays the same."""
+    """It wants another seed, and removes the current folder from the path: training stays the same."""
     mine("import os, sys\nimport torch\n"
          "def plain(history, item):\n    return item * 0.1\n"
          "def rude(history, item):\n"
-         "    torch.set_default_dtype(torch.float64)\n    torch.manual_seed(7)\n"
+         "    torch.manual_seed(7)\n"
          "    sys.path[:] = [x for x in sys.path if x != os.getcwd()]\n"
          "    return item * 0.1\n")
-    try:
-        plain, rude = (run("--reward", f"mine:{name}", "--out", name) for name in ("plain", "rude"))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    plain, rude = (run("--reward", f"mine:{name}", "--out", name) for name in ("plain", "rude"))
     assert plain == rude
+
+
+@pytest.mark.parametrize("text", [
+    "torch.set_default_dtype(torch.float64)\ndef score(history, item):\n    return item * 0.1\n",
+    "def score(history, item):\n    torch.set_default_dtype(torch.float16)\n    return item * 0.1\n",
+    "torch.set_default_device('meta')\ndef score(history, item):\n    return item * 0.1\n",
+], ids=["dtype at the import", "dtype at the call", "device"])  # fmt: skip
+def test_a_reward_that_changes_torchs_defaults_is_refused_and_leaves_them_as_they_were(mine, capsys, folder, text):
+    """What a module does at its import holds for the first call alone, if it is undone; else for the policy as well."""
+    mine(f"import torch\n{text}")
+    line = refused(capsys, "--reward", "mine:score", "--out", "here")
+    assert "changes torch's default dtype or device" in line and not (folder / "here").exists()
+    assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float32, "cpu")
+
+
+def test_a_read_only_array_of_numpy_is_taken_without_a_warning(mine, folder, recwarn):
+    """As np.asarray makes it of JAX's arrays."""
+    mine("def score(history, item):\n    found = item.numpy() * 0.1\n    found.flags.writeable = False\n"
+         "    return found\n")
+    run("--reward", "mine:score", "--out", "here")
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
 
 
 def test_a_reward_that_changes_the_folder_does_not_take_the_run_with_it(mine, folder, tmp_path_factory):
@@ -223,6 +241,8 @@ FAULTS = {
     "a table that does not know -1": (
         "price = {i: .1 for i in range(999)}\ndef score(history, item):\n"
         "    return [[price[x] for x in row] for row in item.tolist()]\n", ["KeyError in", "mine.py, line 4: -1;"]),
+    "more than float32 holds": ("def score(history, item):\n    return item.double() * 0 + 1e300\n",
+                                ["not finite, or beyond float32"]),
     "a masked array": ("import numpy as np\ndef score(history, item):\n    return np.ma.masked_less(item.numpy(), 0)\n",
                        ["a masked array"]),
     "complex numbers": ("def score(history, item):\n    return item.numpy() * (1 + 2j)\n", ["complex numbers"]),
@@ -261,8 +281,8 @@ def test_a_reward_that_does_not_exist_is_named_in_one_line(mine, capsys, name):
 
 
 LATE = {
-    "nan": ("return item * float('nan')", "--reward mine:score: ValueError: a score is not finite; "),
-    "inf": ("return item / 0", "--reward mine:score: ValueError: a score is not finite; "),
+    "nan": ("return item * float('nan')", "--reward mine:score: ValueError: a score is not finite, "),
+    "inf": ("return item / 0", "--reward mine:score: ValueError: a score is not finite, "),
     "one item": ("return torch.where(item == 3, float('nan'), 1.0)", "--reward mine:score: ValueError: a score is "),
     "sums too large": ("return dict.fromkeys('ab', item * 0 + 3e38)", "adagrpo, step 1: the reward of an item is not "),
     "shape": ("return item[:, :3] * 1.0", "--reward mine:score: "),
