@@ -958,7 +958,7 @@ def own_reward(cfg, names, history, item):
         if any(np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")) for x in parts.values()):
             raise ValueError("a masked array or complex numbers, which torch would read otherwise")
         # In float64: of large scores, such as times in seconds, float32 would make ties.
-        parts = {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in parts.items()}  # read-only ones
+        parts = {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in parts.items()}  # read-only
         parts = {key: torch.as_tensor(parts[key], dtype=torch.float64, device=item.device) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
