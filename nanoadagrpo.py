@@ -1348,7 +1348,7 @@ def weights(module):
 
 
 def origin_of(cfg, data):
-    """What a run cannot be resumed without; all processes have to agree on it."""
+    """What a resumed run has to have in common with the one that was stopped, and all processes of a run."""
     content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
     for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
         content.update(b"" if x is None else x.cpu().numpy().tobytes())
