@@ -1249,13 +1249,13 @@ def sum_gradients(module):
     if not dist.is_initialized():
         return
     parameters = list(module.parameters())
-    uses = torch.tensor([int(p.grad is not None) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(uses)
-    used = [p for p, n in zip(parameters, uses.tolist(), strict=True) if n]
-    total = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    parts.append(parameters[0].new_tensor([p.grad is not None for p in parameters]))  # in how many processes?
+    total = torch.cat([x.flatten() for x in parts])
     dist.all_reduce(total)  # at once: each sum costs a millisecond
-    for p, gradient in zip(used, total.split([p.numel() for p in used]), strict=True):
-        p.grad = gradient.view_as(p)
+    *gradients, uses = total.split([x.numel() for x in parts])
+    for p, gradient, n in zip(parameters, gradients, uses.tolist(), strict=True):
+        p.grad = gradient.view_as(p) if n else None
 
 
 def all_gather(pieces):

@@ -104,12 +104,14 @@ ROOT, REPOSITORY = os.path.dirname(nano.__file__), str(pathlib.Path(__file__).pa
 SHARED = dict(batch_size=8, rl_steps=2, updates=2, epsilon=0.01, negatives=1, rho=0.8)
 # First the script itself, as torchrun starts it. Then every method in float64, each process with its share of the
 # batch, two micro-batches each; the first one writes it down.
-WORKER = """
-import json, pathlib, runpy
+ONE_GROUP = """
 import torch.distributed as dist
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # not yet: there is no second group
+"""
+WORKER = ONE_GROUP + """
+import json, pathlib, runpy
 from safetensors.torch import save_file
 import nanoadagrpo as nano
-destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # not yet: there is no second group
 runpy.run_path(nano.__file__, run_name="__main__")
 from tests.nano.test_processes import MODEL, OPTIONS, SHARED, judged, sft, stopped_and_resumed, summed
 from tests.nano.test_step import METHODS, cfg, train
@@ -286,9 +288,7 @@ def test_three_processes_resume_to_the_same_bits(tmp_path):
     (tmp_path / "two_scores.py").write_text(TWO_SCORES)
     jsonl(tmp_path / "shop")
     sizes = ["--sft-batch-size", "9", "--batch-size", "6"]
-    (tmp_path / "worker.py").write_text("import torch.distributed as dist\n"
-                                        "destroy, dist.destroy_process_group = dist.destroy_process_group, int\n"
-                                        "from tests.nano.test_processes import stopped_and_resumed\n"
+    (tmp_path / "worker.py").write_text(f"{ONE_GROUP}from tests.nano.test_processes import stopped_and_resumed\n"
                                         f"stopped_and_resumed('half', *{sizes})\ndestroy()")  # fmt: skip
     by_torchrun(3, nano.__file__, *OPTIONS, *sizes, "--out", "three", cwd=tmp_path)
     by_torchrun(3, "worker.py", cwd=tmp_path)

@@ -235,6 +235,7 @@ def worker(argv):
     import trl_sids
     from transformers import TrainerCallback
     from trl_adagrpo import AdaGRPOTrainer
+    from trl_worker import leave
 
     noted = {}
 
@@ -273,9 +274,7 @@ def worker(argv):
     negative_rows, trl_adagrpo.negative_rows = trl_adagrpo.negative_rows, note_negatives
     _, trainer = trl_sids.main(argv, cls=Spy, callbacks=[NoteGradient()])
     np.savez(f"{trainer.args.output_dir}/rank{trainer.args.process_index}.npz", **noted)
-    trainer.accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)  # without taking down Gloo's threads, see trl_worker.py
+    leave(trainer)
 
 
 if __name__ == "__main__":

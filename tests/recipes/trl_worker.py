@@ -42,9 +42,16 @@ def main(folder, *, dtype=torch.float32, cls=Spy, **settings):
     trainer.train()
     rank = trainer.accelerator.process_index
     np.savez(f"{folder}/rank{rank}.npz", **trainer.noted, gradient=note.gradient, before=before)
+    leave(trainer)
+
+
+def leave(trainer):
+    """End this process, together with the others and without taking down Gloo's threads.
+
+    PyTorch 2.13 can wait for ever while it does that: the destructor joins them, and holds the GIL, which they need to
+    let a tensor go (pytorch/pytorch#56297). Seen in 3 of 61 runs on two busy cores.
+    """
     trainer.accelerator.wait_for_everyone()  # a process whose peer is gone may abort on its way out
-    # PyTorch 2.13 can wait for ever while it takes down Gloo's threads: the destructor joins them, and holds the GIL,
-    # which they need to let a tensor go (pytorch/pytorch#56297). Seen in 3 of 61 runs on two busy cores.
     sys.stdout.flush()
     os._exit(0)
 
