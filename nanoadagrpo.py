@@ -19,7 +19,7 @@ Where this differs from the paper, or the paper is silent:
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-3 of the toy.
     So was rho, 0.3, where the paper has 0.1.
- 3. Rollouts are sampled from the policy being trained, one update per rollout: eq. 4's ratio is 1, up to
+ 3. Rollouts are sampled from the policy being trained, one update per batch: eq. 4's ratio is 1, up to
     rounding. `--updates 2` takes a second step on the same rollouts; only then has `--epsilon` work to do.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. L tokens that are no
     item are a hallucination. `--constrained`: only items are sampled and searched; likelihoods stay the same.
@@ -84,8 +84,10 @@ import adagrpo_core as core
 # history, T tokens of a prompt, m branches of a tree that become n, W beams, S SID tokens of all levels,
 # V tokens that the policy knows, N items. An item is its row in `catalogue.tokens` (N, L), and
 # `catalogue.item` finds it by its tokens; -1 is none: left padding, or a hallucination.
-# From later parts: `batches`, the row numbers of each step; `local_micro_batches`, this process's slices
-# of a batch; `all_gather`, what they gave -> the whole batch; `sum_gradients`, over all processes.
+# From later parts: `Prompts` have `history` (B, H), `target` (B,) and `rows(index)`; `constrained` lets only
+# items be chosen; `make_generator`, one for each purpose; `batches`, the row numbers of each step;
+# `local_micro_batches`, this process's slices of a batch; `all_gather`, the rows of all processes;
+# `sum_gradients`, over all processes; `Optimizer.step` clips gradients, checks, steps, and clears them.
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -152,11 +154,11 @@ class PromptCache(NamedTuple):
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
-    logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token
+    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token
 
     def rows(self, index):
         kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
-        return PromptCache(kv_cache, self.mask[index], self.logp[index])
+        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])
 
 
 class Policy:
@@ -169,36 +171,36 @@ class Policy:
     def __init__(self, model, catalogue, cfg, tokenizer=None):
         self.model = model.to(cfg.device).eval()  # always: dropout would move eq. 4's ratio away from 1
         self.catalogue, self.tokenizer = catalogue, tokenizer
-        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # S + 1, or None
+        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # or None
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
         accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the argument
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
-        on_gpu = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and on_gpu)
+        able = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and able)
 
     def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
         Returns log-probabilities of what comes next, after all tokens (B, n, V) or the last `keep`; and the
-        KV cache, longer by n. Every pass goes through here, and through the model's own forward.
+        KV cache, longer by n. Every pass is made here, by the model's own forward.
         """
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # It is added to the attention scores. Finite, also where a model casts it to float32: padding sees
-        # nothing, and the softmax of -inf alone is NaN.
+        # The mask is added to the attention scores. Finite, also where a model casts it to float32: padding
+        # sees nothing, and a softmax of nothing but -inf is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
-        cache = DynamicCache(kv_cache)  # shares the tensors, so that one prompt can be continued many times
+        cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
         # Only products are in bfloat16: bfloat16 weights would round small updates away.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                                 logits_to_keep=keep, **{self.cache_name: cache}).logits
-        logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # not in bfloat16
-        return logp, [(layer.keys, layer.values) for layer in cache.layers]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # no softmax in bfloat16
+        return logits.log_softmax(-1), [(layer.keys, layer.values) for layer in cache.layers]
 
     def save(self, folder):
         """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
-        with in_one_line(folder):  # on a full disk the tokenizer raises no OSError
-            Path(folder).mkdir(parents=True, exist_ok=True)  # refuses a file, which the next line would not
+        with in_one_line(folder):  # on a full disk the tokenizer's error is no OSError
+            Path(folder).mkdir(parents=True, exist_ok=True)  # fails if it is a file; the next line would not
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
@@ -222,14 +224,15 @@ def prefill(policy, history, target=None):
         mask = F.pad(mask, (0, keep - 1), value=True)
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
-    logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
-    prompt = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], logp[:, :1])
-    return prompt, None if target is None else logp.gather(-1, truth[..., None])[..., 0]
+    next_logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
+    cache = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], next_logp[:, :1])
+    return cache, None if target is None else next_logp.gather(-1, truth[..., None])[..., 0]
 
 
-# A tree grows level by level, as select(prefix, logp, total) decides. Of m branches it is given the tokens so
-# far (B, m, level), the log-probabilities of each next token (B, m, V), and those of the branches (B, m). It
-# returns, for each of n new branches, which old one it continues and by which token: two tensors (B, n).
+# A tree grows level by level, as a function decides: tree_decode(policy, cache, beam(50)) is a beam search.
+# That function, select(prefix, next_logp, branch_logp), is given the tokens so far of m branches (B, m, level),
+# the log-probabilities of each next token (B, m, V), and those of the branches (B, m). It returns, for each of
+# n new branches, which old one it continues and by which token: two tensors (B, n).
 
 
 def unbranched(prefix, n):
@@ -238,8 +241,8 @@ def unbranched(prefix, n):
 
 
 def teacher_forcing(tokens):
-    """Follow these Semantic IDs (B, n, L)."""
-    return lambda prefix, logp, total: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
+    """Follow these Semantic IDs (B, n, L): so Part II checks models."""
+    return lambda prefix, *_: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
 def sample(uniform):
@@ -249,10 +252,10 @@ def sample(uniform):
     drawn for the whole batch, so that the samples do not depend on how it is split.
     """
 
-    def select(prefix, logp, total):
-        cdf = logp.detach().float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
+    def select(prefix, next_logp, branch_logp):
+        cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
         u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m), m = 1, then n
-        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # of NaN, too, is one
         return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
     return select
@@ -261,15 +264,15 @@ def sample(uniform):
 def beam(width):
     """Beam search: the most likely continuations of all branches together."""
 
-    def select(prefix, logp, total):
-        score = (total[..., None] + logp).flatten(1)  # (B, m * V)
-        best = score.topk(min(width, score.shape[1])).indices
-        return best // logp.shape[-1], best % logp.shape[-1]
+    def select(prefix, next_logp, branch_logp):
+        total = (branch_logp[..., None] + next_logp).flatten(1)  # (B, m * V)
+        best = total.topk(min(width, total.shape[1])).indices
+        return best // next_logp.shape[-1], best % next_logp.shape[-1]
 
     return select
 
 
-def tree_decode(policy, prompt, select):
+def tree_decode(policy, cache, select):
     """Grow a tree on each prompt; sampling, beam search and teacher forcing differ in `select` alone.
 
     Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
@@ -283,42 +286,42 @@ def tree_decode(policy, prompt, select):
 
     When branches change parents, the rows of the mask are reordered; the KV cache stays as it is.
     """
-    kv_cache, logp = prompt.kv_cache, prompt.logp  # (B, 1, V): the only branch is the prompt
-    B, T = prompt.mask.shape
-    tokens, token_logp = logp.new_zeros(B, 1, 0, dtype=torch.long), logp.new_zeros(B, 1, 0)
-    ancestor_mask = prompt.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch may see
-    row = torch.arange(B, device=logp.device)[:, None]  # x[row, parent] is what the parents have
+    kv_cache, next_logp = cache.kv_cache, cache.next_logp  # (B, 1, V): the only branch is the prompt
+    B, T = cache.mask.shape
+    tokens, token_logp = next_logp.new_zeros(B, 1, 0, dtype=torch.long), next_logp.new_zeros(B, 1, 0)
+    ancestor_mask = cache.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch may see
+    row = torch.arange(B, device=next_logp.device)[:, None]  # x[row, parent]: x of each new branch's parent
     for level in range(policy.catalogue.L):
         if level:  # run the last token of each branch; that of the prompt has been run
             m = tokens.shape[1]
             itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
             ancestor_mask = torch.cat([ancestor_mask, itself], -1)
-            attention_mask = torch.cat([prompt.mask[:, None].expand(B, m, T), ancestor_mask], -1)
-            positions = (prompt.mask.sum(1, keepdim=True) + level - 1).expand(B, m)
-            logp, kv_cache = policy.forward(tokens[..., -1], attention_mask, positions, kv_cache)
-        parent, token = select(tokens, logp, token_logp.sum(-1))
+            attention_mask = torch.cat([cache.mask[:, None].expand(B, m, T), ancestor_mask], -1)
+            positions = (cache.mask.sum(1, keepdim=True) + level - 1).expand(B, m)
+            next_logp, kv_cache = policy.forward(tokens[..., -1], attention_mask, positions, kv_cache)
+        parent, token = select(tokens, next_logp, token_logp.sum(-1))
         tokens = torch.cat([tokens[row, parent], token[..., None]], -1)
-        token_logp = torch.cat([token_logp[row, parent], logp[row, parent, token][..., None]], -1)
+        token_logp = torch.cat([token_logp[row, parent], next_logp[row, parent, token][..., None]], -1)
         ancestor_mask = ancestor_mask[row, parent]
     return tokens, token_logp
 
 
-def sequence_logp(policy, prompt, tokens):
-    """Log-probabilities (B, n, L) of these Semantic IDs, with gradient: as teacher forcing in a tree gives.
+def sequence_logp(policy, cache, tokens):
+    """Log-probabilities (B, n, L) of these Semantic IDs, with gradient: as `teacher_forcing`, in one pass.
 
     Known tokens need not wait for each other: all levels are run as one sequence of n * (L - 1) tokens.
     """
     B, n, L = tokens.shape
-    first = prompt.logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
+    first = cache.next_logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
     if L == 1:
         return first
     depth = L - 1  # tokens that are run; the last one predicts nothing
-    causal = prompt.mask.new_ones(depth, depth).tril()  # within a Semantic ID; none sees another
+    causal = cache.mask.new_ones(depth, depth).tril()  # within a Semantic ID; none sees another
     ancestor_mask = torch.block_diag(*[causal] * n).expand(B, -1, -1)
-    attention_mask = torch.cat([prompt.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
-    positions = prompt.mask.sum(1, keepdim=True) + torch.arange(depth, device=tokens.device).repeat(n)
-    logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, prompt.kv_cache)
-    others = logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:][..., None])[..., 0]
+    attention_mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
+    positions = cache.mask.sum(1, keepdim=True) + torch.arange(depth, device=tokens.device).repeat(n)
+    next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, cache.kv_cache)
+    others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:][..., None])[..., 0]
     return torch.cat([first, others], -1)
 
 
@@ -328,15 +331,16 @@ def sequence_logp(policy, prompt, tokens):
 def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Minimise the mean NLL of the next item (eq. 2), nothing else.
 
-    restore(optimizer, generators, phase) brings back those of a run that was stopped; it returns the step
-    to begin at. on_step(step, optimizer, generators, phase) is called after each step: to evaluate, to save.
+    log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
+    restore(optimizer, generators, name) brings back those of a stopped run; it returns the step to begin at.
     """
     B = cfg.sft_batch_size
     optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
     order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
-    for step in progress(range(restore(optimizer, {}, "sft"), cfg.sft_steps), "sft"):
+    parts, first = local_micro_batches(B, cfg.micro_batch_size), restore(optimizer, {}, "sft")
+    for step in progress(range(first, cfg.sft_steps), "sft"):
         batch, nlls = prompts.rows(order[step]), []
-        for part in local_micro_batches(B, cfg.micro_batch_size):
+        for part in parts:
             _, target_logp = prefill(policy, batch.history[part], batch.target[part])
             nll = core.nll_loss(target_logp)
             (nll.sum() / B).backward()
@@ -381,39 +385,40 @@ def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch; this process runs the row slices `parts` of it.
 
     Returns tokens and log-probabilities (B, K, L) of the rollouts, log-probabilities (B, L) of the truth, and
-    [what prefill gave], with graph, for the update; [] of several micro-batches: one graph at a time is held.
+    [what prefill gave], with graph, for the first update; [] of several parts: one graph at a time is held.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
     pieces = []
     for part in parts:
         with torch.set_grad_enabled(len(parts) == 1):
-            prompt, target_logp = prefill(policy, batch.history[part], batch.target[part])
-        with torch.no_grad():  # the update builds a graph for those that are admitted, often one in ten
-            select = constrained(sample(uniform[:, part]), policy.constraint)  # among items, if asked for
-            tokens, logp = tree_decode(policy, prompt, select)
+            cache, target_logp = prefill(policy, batch.history[part], batch.target[part])
+        with torch.no_grad():  # the update builds a graph, for the admitted alone, often one in ten
+            select = constrained(sample(uniform[:, part]), policy.constraint)  # items only, if --constrained
+            tokens, logp = tree_decode(policy, cache, select)
         pieces.append((tokens, logp, target_logp.detach()))
     rollouts, old_logp, all_target_logp = map(all_gather, zip(*pieces, strict=True))
-    return rollouts, old_logp, all_target_logp, [(prompt, target_logp)] if len(parts) == 1 else []
+    return rollouts, old_logp, all_target_logp, [(cache, target_logp)] if len(parts) == 1 else []
 
 
-def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Post-train `policy` in place by one of METHODS; reward(history, item) scores items (B, n).
+def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
+    """Post-train `policy` in place by one of METHODS; reward_fn(history, item) scores items (B, n).
 
-    log(**numbers) is called once per step. `restore`, `on_step`: as for `train_sft`.
+    `log`, `restore`, `on_step`: as for `train_sft`.
     """
     method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
-    lr = cfg.lr if method.supervised else cfg.grpo_lr
-    optimizer = Optimizer(policy.model, lr, cfg.rl_steps * cfg.updates)
+    peak_lr = cfg.lr if method.supervised else cfg.grpo_lr
+    optimizer = Optimizer(policy.model, peak_lr, cfg.rl_steps * cfg.updates)
     uses = "rollouts", "negatives", "random gate"
     generators = {use: make_generator(cfg.seed, use, cfg.device) for use in uses}
     # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
     order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, "order")).to(cfg.device)
-    parts = local_micro_batches(B, cfg.micro_batch_size)
+    parts, first = local_micro_batches(B, cfg.micro_batch_size), restore(optimizer, generators, name)
 
-    for step in progress(range(restore(optimizer, generators, name), cfg.rl_steps), name):
-        batch, prefilled, admitted_rows = prompts.rows(order[step]), [], [()] * len(parts)  # none yet
-        must_be_finite, stats = {}, {}  # checked before a weight moves; logged
+    for step in progress(range(first, cfg.rl_steps), name):
+        batch, prefilled = prompts.rows(order[step]), []
+        admitted = torch.zeros(B, dtype=torch.bool, device=cfg.device)  # nobody yet
+        stats, must_be_finite = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
@@ -421,11 +426,11 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
-            # Of each prompt, the rollouts of others that have the M smallest of its random keys.
+            # Negatives of a prompt: the M rollouts of other prompts with the smallest of its random keys.
             keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
             negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
             pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
-            scored, stats = reward_of(reward, batch.history, pool, parts)
+            scored, stats = reward_of(reward_fn, batch.history, pool, parts)
             rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
 
             # -- judge: is it difficult for the policy (eq. 7), can the ranker tell (eq. 9)? -----------------
@@ -437,24 +442,24 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]  # counted within each part
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             must_be_finite = stats | {"reward of an item": scored}
 
         # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
         for _ in range(cfg.updates):
             terms = []
-            for part, rows in zip(parts, admitted_rows, strict=True):
-                # What rollout() ran with a graph serves the first update, if there is one micro-batch.
-                prompt, target_logp = prefilled.pop() if prefilled else prefill(
+            for part in parts:
+                # The first update uses what rollout() ran with a graph, if there is one part.
+                cache, target_logp = prefilled.pop() if prefilled else prefill(
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
+                rows = admitted[part].nonzero()[:, 0]  # counted within the part
                 loss = method.supervised * nll.sum() / B  # 0 in pure GRPO
                 if len(rows):  # only their rollouts are run again, now with a graph
-                    prompt = prompt if len(rows) == len(nll) else prompt.rows(rows)  # all: no copy
+                    cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all
                     tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
-                    logp = sequence_logp(policy, prompt, tokens)
+                    logp = sequence_logp(policy, cache, tokens)
                     surrogate = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
                     loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
                     grpo[rows], ratio[rows] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
@@ -476,8 +481,8 @@ def train_rl(policy, reward, prompts, cfg, name, log, restore=lambda *_: 0, on_s
 
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
-    """Beam search on every prompt, and 8 samples. Returns the metrics; and of each prompt the terms of these
-    means, its beams (`item`, and `logp` per token) and the truth's place among the valid ones (`rank`)."""
+    """Beam search on every prompt, and 8 samples. Returns the metrics, all means; and of each prompt their
+    terms, its beams (`item`; `logp`, the mean per token) and the truth's rank among the valid ones."""
     n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     search = constrained(beam(cfg.beam_width), policy.constraint, distinct=True)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
@@ -485,24 +490,24 @@ def evaluate(policy, ranker, prompts, cfg):
     for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
         rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)  # repeats, cut below
         batch = prompts.rows(rows)
-        prompt, _ = prefill(policy, batch.history)
-        beams, logp = tree_decode(policy, prompt, search)
+        cache, _ = prefill(policy, batch.history)
+        beams, logp = tree_decode(policy, cache, search)
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
-        samples, _ = tree_decode(policy, prompt, constrained(sample(uniform[:, rows]), policy.constraint))
+        samples, _ = tree_decode(policy, cache, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        place = (item >= 0).cumsum(1)  # among the valid beams, from 1
+        rank = (item >= 0).cumsum(1)  # among the valid beams, from 1
         hit = item == batch.target[:, None]
-        found = torch.where(hit, place, 10**9).amin(1)  # beyond every cutoff where the beams missed it
-        terms = {f"hr@{k}": found <= k for k in cutoffs}
+        target_rank = torch.where(hit, rank, 10**9).amin(1)  # beyond every cutoff where the beams missed it
+        terms = {f"hr@{k}": target_rank <= k for k in cutoffs}
         if 10 in cutoffs:
-            terms["ndcg@10"] = torch.where(found <= 10, 1 / torch.log2(1.0 + found), 0.0)
+            terms["ndcg@10"] = torch.where(target_rank <= 10, 1 / torch.log2(1.0 + target_rank), 0.0)
         for head, p in ranker.probabilities(batch.history, item).items():  # 0 for what is no item
-            terms |= {f"{head}_reward@{k}": (p * (place <= k)).max(1).values for k in cutoffs}
+            terms |= {f"{head}_reward@{k}": (p * (rank <= k)).amax(1) for k in cutoffs}
         terms["hallucination"] = 1 - (item >= 0).float().mean(1)
         terms["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
-        pieces.append({k: x.float() for k, x in terms.items()} | dict(rank=found, item=item,
-                                                                 logp=logp.mean(-1)))
+        terms = {key: x.float() for key, x in terms.items()}
+        pieces.append(terms | dict(rank=target_rank, item=item, logp=logp.mean(-1)))
     each = {key: all_gather([piece[key] for piece in pieces])[:n] for key in pieces[0]}
     return {key: each[key].mean().item() for key in terms}, each
 
@@ -561,11 +566,11 @@ def constrained(select, catalogue, distinct=False):
     be distinct, as beams, can be no more than there are prefixes of items.
     """
 
-    def among_items(prefix, logp, total):
+    def among_items(prefix, next_logp, branch_logp):
         words, valid = catalogue.continuations(prefix)  # (B, m, C)
-        logp = logp.gather(-1, words).masked_fill(~valid, -torch.inf)
-        norm = logp.logsumexp(-1)  # (B, m); without it, exp() of all that are allowed could be 0
-        parent, place = select(prefix, logp - norm[..., None], total + norm)
+        next_logp = next_logp.gather(-1, words).masked_fill(~valid, -torch.inf)
+        norm = next_logp.logsumexp(-1)  # (B, m); without it, exp() of all that are allowed could be 0
+        parent, place = select(prefix, next_logp - norm[..., None], branch_logp + norm)
         row = torch.arange(len(words), device=words.device)[:, None]
         most = len(catalogue.pairs[prefix.shape[-1]]) if distinct else None  # beyond them, beams are padding
         return parent[:, :most], words[row, parent, place][:, :most]
@@ -989,11 +994,11 @@ def first_copy(item):
     return (item[:, :, None] == item[:, None]).int().argmax(2)
 
 
-def reward_of(reward, history, item, parts):
+def reward_of(reward_fn, history, item, parts):
     """Scores (B, n) of the whole batch, each process having asked for its own rows; means of named parts."""
     local = slice(parts[0].start, parts[-1].stop)
     with torch.no_grad():
-        scores = named(reward(history[local], item[local]))
+        scores = named(reward_fn(history[local], item[local]))
     first = first_copy(item)
     scores = {name: all_gather([x]).gather(1, first) for name, x in scores.items()}
     return sum(scores.values()), {f"reward/{name}": x.mean() for name, x in scores.items() if name != ""}
@@ -1159,9 +1164,9 @@ def cut_vocabulary(model, known, catalogue, cfg):
     policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
-        prompt, tokens = prefill(policy, history.to(cfg.device))[0], tokens[item].to(cfg.device)
-        tree = tree_decode(policy, prompt, teacher_forcing(tokens))[1]
-        found = torch.stack([tree, sequence_logp(policy, prompt, tokens)])[:, :, :2].cpu()
+        cache, tokens = prefill(policy, history.to(cfg.device))[0], tokens[item].to(cfg.device)
+        tree = tree_decode(policy, cache, teacher_forcing(tokens))[1]
+        found = torch.stack([tree, sequence_logp(policy, cache, tokens)])[:, :, :2].cpu()
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")

@@ -162,7 +162,7 @@ def numbers(folder, names):
 with families.torch.no_grad():
     for name in sys.argv[2:]:
         policy = families.load(sys.argv[1] + "/" + name + "/model")
-        tensors = *policy.model.state_dict().values(), families.nano.prefill(policy, families.HISTORIES)[0].logp
+        tensors = *policy.model.state_dict().values(), families.nano.prefill(policy, families.HISTORIES)[0].next_logp
         print("numbers", name, hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest())"""
     done = subprocess.run([sys.executable, "-c", code, folder, *names], check=True, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})

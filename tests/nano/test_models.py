@@ -124,7 +124,7 @@ def test_saved_and_loaded_again_a_policy_is_the_same_to_the_bit(saved):
     assert before.keys() == state(again).keys() == plain.state_dict().keys()
     for name, x in before.items():
         assert torch.equal(x, again.model.state_dict()[name]) and torch.equal(x, plain.state_dict()[name]), name
-    assert torch.equal(nano.prefill(policy, HISTORIES)[0].logp, nano.prefill(again, HISTORIES)[0].logp)
+    assert torch.equal(nano.prefill(policy, HISTORIES)[0].next_logp, nano.prefill(again, HISTORIES)[0].next_logp)
     assert again.start == policy.start and again.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
 
 
@@ -261,7 +261,7 @@ def test_no_row_is_kept_from_learning_as_that_of_a_padding_token(tmp_path):
     load(folder).save(tmp_path / "policy")
     everything = torch.arange(6).expand(2, 6)  # in a history; every word but the special ones
     for policy in load(folder), load(tmp_path / "policy"):
-        logp = nano.prefill(policy, everything)[0].logp
+        logp = nano.prefill(policy, everything)[0].next_logp
         for rows in nano.tables_of(policy.model):
             assert torch.autograd.grad(logp[0, 0, 0], rows, retain_graph=True)[0].abs().amax(1).min() > 0
         assert policy.model.config.pad_token_id is None and policy.model.config.eos_token_id is None

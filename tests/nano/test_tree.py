@@ -113,7 +113,7 @@ def test_run_with_the_truth_behind_it_a_prompt_is_the_same_and_the_truth_as_like
     prompt, target_logp = nano.prefill(policy, BATCH.history, BATCH.target)
     alone, truth = nano.prefill(policy, HISTORIES)[0], CATALOGUE.tokens[BATCH.target].unsqueeze(1)
     torch.testing.assert_close(target_logp, nano.sequence_logp(policy, alone, truth)[:, 0], rtol=0, atol=5e-6)
-    torch.testing.assert_close(prompt.logp, alone.logp, rtol=0, atol=5e-6)
+    torch.testing.assert_close(prompt.next_logp, alone.next_logp, rtol=0, atol=5e-6)
     assert torch.equal(prompt.mask, alone.mask)
     for (keys, values), (k, v) in zip(prompt.kv_cache, alone.kv_cache, strict=True):
         seen = alone.mask[:, None, :, None]
@@ -185,7 +185,7 @@ def test_rows_of_a_prompt_are_the_prompts_of_these_rows():
 
 def test_only_the_items_and_their_order_decide_what_a_prompt_says():
     policy = make_policy(CATALOGUE)
-    logp = nano.prefill(policy, torch.tensor([[0, 5], [5, 0], [0, 5]]))[0].logp
+    logp = nano.prefill(policy, torch.tensor([[0, 5], [5, 0], [0, 5]]))[0].next_logp
     torch.testing.assert_close(logp[0], logp[2], rtol=0, atol=5e-6)
     assert (logp[0] - logp[1]).abs().max() > 1e-3
 
@@ -194,7 +194,7 @@ def test_dropout_is_off_so_that_sampling_and_scoring_agree():
     policy = make_policy(CATALOGUE, "gpt2", embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
 
     def said():
-        return nano.prefill(policy, HISTORIES)[0].logp
+        return nano.prefill(policy, HISTORIES)[0].next_logp
 
     assert torch.equal(said(), said())
     nano.train_sft(policy, BATCH, settings(sft_steps=1, sft_batch_size=2), lambda **row: None)
@@ -342,7 +342,7 @@ def test_a_token_without_probability_is_not_sampled_wherever_the_point_lies():
 def test_the_tiny_policy_reads_the_longest_history_and_is_decided_by_the_seed():
     c = settings(max_history=5)
     policy, history = nano.tiny_policy(CATALOGUE, c, width=8), torch.tensor([[0, 1, 2, 3, 4]])
-    assert nano.prefill(policy, history)[0].logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert nano.prefill(policy, history)[0].next_logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
     tokens, logp = beams(policy, history, 4)
     torch.testing.assert_close(logp[0], plain_logp(policy, history[0], tokens[0]), rtol=0, atol=1e-5)
     same, other = (state(nano.tiny_policy(CATALOGUE, settings(max_history=5, seed=seed), width=8)) for seed in (0, 1))
