@@ -104,7 +104,7 @@ class Settings:
     model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
     method: str = option("adagrpo", "a method, several with commas between them, or all (see above)")
     seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
-    group_size: int = option(16, "K, rollouts per prompt", group="method and gate")
+    group_size: int = option(16, "K, rollouts per prompt", 2, group="method and gate")
     negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
     tau: float = option(1 / 3, "top fraction of K: D needs the truth below it, R within it", 1e-6, 0.999999)
     rho: float = option(0.3, "bottom fraction of K: R needs each negative there; paper: 0.1", 1e-6, 0.999999)
@@ -230,9 +230,9 @@ def prefill(policy, history, target=None):
 
 
 # A tree grows level by level, as a function decides: tree_decode(policy, cache, beam(50)) is a beam search.
-# That function, select(prefix, next_logp, branch_logp), is given the tokens so far of m branches (B, m, level),
-# the log-probabilities of each next token (B, m, V), and those of the branches (B, m). It returns, for each of
-# n new branches, which old one it continues and by which token: two tensors (B, n).
+# That function, select(prefix, next_logp, branch_logp), is given m branches' tokens so far (B, m, level),
+# log-probabilities of each next token (B, m, V), and those of the branches (B, m). It returns, for each of n
+# new branches, which old one it continues and by which token: two tensors (B, n).
 
 
 def unbranched(prefix, n):
@@ -426,8 +426,10 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
-            # Negatives of a prompt: the M rollouts of other prompts with the smallest of its random keys.
+            # Negatives of a prompt: the M rollouts of others with the smallest of its random keys. Where the
+            # prompt is in the batch twice, 1 is added to the keys of its own: they come last.
             keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
+            keys += order[step][:, None] == order[step].repeat_interleave(K)
             negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
             pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
             scored, stats = reward_of(reward_fn, batch.history, pool, parts)
@@ -1091,16 +1093,17 @@ def pretrained_policy(catalogue, cfg):
         files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
         if "adapter_config.json" in files:
             raise ValueError("it holds an adapter; merge that into the model, and save it")
-        if not files or re.search("token|vocab", files):  # a folder without a tokenizer knows no word
+        if not files or re.search("tokenizer|vocab", files):  # a folder without a tokenizer knows no word
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
         wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]),
+                 *(name for name in found["unexpected_keys"] if "masked_bias" not in name),  # a constant
                  *(name for name, p in model.named_parameters() if not p.isfinite().all())]
         if wrong:
-            raise ValueError(f"{min(wrong)} is missing, of another shape, or not finite")
+            raise ValueError(f"{min(wrong)} is missing, of another shape, not of this model, or not finite")
         for p in model.parameters():  # copies: where it begins in the file's memory can decide a last digit
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
@@ -1189,7 +1192,9 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    return (" ".join(str(error).split()) or type(error).__name__)[:150]
+    with contextlib.suppress(Exception):  # its own __str__ may fail
+        return (" ".join(str(error).split()) or type(error).__name__)[:150]
+    return type(error).__name__
 
 
 @contextlib.contextmanager
@@ -1527,7 +1532,8 @@ def picture(rows, path):
 def run(cfg):
     """Everything, from the data to the report; returns {method: metrics}."""
     transformers.utils.logging.disable_progress_bar()  # of saving; ours stay
-    transformers.utils.logging.set_verbosity_error()  # no tables before what is refused in one line
+    transformers.utils.logging.set_verbosity_error()  # no tables before what is refused in one line,
+    importlib.import_module("huggingface_hub").logging.set_verbosity_error()  # and no retries
     # With several threads, sums into one place (the gradient of an index) would come in any order otherwise.
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
@@ -1675,7 +1681,8 @@ def locked(out, rows):
         except KeyboardInterrupt:
             last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
             after = f"{last.get('method', 'sft')}, step {last['step']}"
-            raise KeyboardInterrupt(f"stopped after {after}; go on with --resume {out}") from None
+            how = "go on" if any(out.glob("checkpoint-*")) else "no checkpoint yet, begin again"
+            raise KeyboardInterrupt(f"stopped after {after}; {how} with --resume {out}") from None
         except UserError as error:  # of the user's own code, perhaps, which can be mended
             raise UserError(f"{error}" + f"; the run so far: --resume {out}" * bool(rows)) from None
         except (OSError, SafetensorError) as error:
@@ -1814,7 +1821,8 @@ def main(argv=None):
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
-            text = "out of memory; lower --batch-size, --micro-batch-size, --group-size or --eval-batch-size"
+            text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
+                    "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):
             if not re.search("by peer|remote process", text):
                 raise

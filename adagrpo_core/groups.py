@@ -162,7 +162,7 @@ def group_by(index, /) -> GroupOrder:
     """
     xp = namespace({"index": index})
     check_shape(xp, "index", index, "N", {}, kind=None)
-    if not xp.isdtype(index.dtype, "integral") and getattr(index.dtype, "kind", None) not in STRINGS_OR_OBJECTS:
+    if getattr(index.dtype, "kind", None) not in STRINGS_OR_OBJECTS and not xp.isdtype(index.dtype, "integral"):
         raise ValueError(f"index: expected integers, or strings in NumPy, got {index.dtype}; number the groups")
     try:
         (ids, sizes), by_id = xp.unique_counts(index), xp.argsort(index, stable=True)
@@ -214,7 +214,8 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     NaN: no key; whether it is drawn first or last is the library's affair, but never from the own group.
 
     Of equal keys the earlier rollout wins, so keys should come from a continuous distribution. They are B x B*k
-    numbers: for a large batch draw within parts of its prompts.
+    numbers: for a large batch draw within parts of its prompts. Where a prompt can stand twice in a batch, add 1 to the
+    keys that belong to its copies: then they are drawn last.
 
     References
     ----------

@@ -67,7 +67,9 @@ def test_rows_of_equal_id_come_together_in_order_of_first_appearance_and_go_back
 
 
 def test_ids_may_be_strings_where_the_library_has_them():
-    for uid in (np.asarray(["b", "a", "b", "a"]), np.asarray(["b", "a", "b", "a"], dtype=object)):
+    strings = np.dtypes.StringDType()
+    for uid in (np.asarray(["b", "a", "b", "a"]), np.asarray(["b", "a", "b", "a"], dtype=strings),
+                np.asarray(["b", "a", "b", "a"], dtype=object)):
         order, inverse = group_by(uid)
         assert (order.tolist(), inverse.tolist()) == ([0, 2, 1, 3], [0, 2, 1, 3])
 

@@ -52,7 +52,7 @@ def data(path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--group-size 1", ["--group-size 1", "sample more rollouts per prompt"]),
+        ("--group-size 1", ["--group-size 1", "2 or more"]),
         ("--group-size 0", ["--group-size 0"]),
         ("--group-size 2", ["--group-size 2", "K >= 3"]),
         ("--tau 0.01", ["--tau 0.01", "raise tau", "K >= 100"]),
@@ -70,7 +70,7 @@ def data(path):
         ("--method nll,adagrpo,nll", ["--method nll", "once"]),
         ("--method nll,", ["--method ", "choose from nll"]),
         ("--method ,", ["--method ", "choose from nll"]),
-        ("--method nll,grpo --group-size 1", ["--group-size 1", "sample more rollouts per prompt"]),
+        ("--method nll,grpo --group-size 1", ["--group-size 1", "2 or more"]),
         ("--dtype float16", ["--dtype", "float16", "bfloat16"]),
         ("--ties median", ["--ties", "median", "average"]),
         ("--groupsize 8", ["--groupsize"]),
@@ -563,7 +563,7 @@ def test_too_little_memory_is_one_line_that_names_the_flags(refused, monkeypatch
 
     monkeypatch.setattr(nano, "run", run)
     line = refused("--toy")
-    assert "out of memory" in line and "--micro-batch-size" in line
+    assert "out of memory; begin a new run with lower" in line and "--micro-batch-size" in line
 
 
 @pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34448.",

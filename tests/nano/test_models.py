@@ -2,6 +2,7 @@
 """Models of Hugging Face: what works gives the numbers of plain passes and runs whole; what cannot work says why."""
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -81,6 +83,7 @@ def edit(folder, change):
     tensors = {name: x.clone() for name, x in load_file(path).items()}
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
+    return folder
 
 
 def edit_config(folder, **changes):
@@ -491,6 +494,11 @@ def with_code(folder):
     (folder / "mine.py").write_text("import pathlib\npathlib.Path('broken-in').touch()\n")
 
 
+def biases_without_a_place(folder):
+    """Qwen2's weights, which its config calls a Llama's."""
+    edit_config(save_model(folder, "qwen2"), model_type="llama", architectures=["LlamaForCausalLM"])
+
+
 def spoilt(value):
     return lambda folder: edit(save_model(folder), lambda tensors: tensors["model.norm.weight"].fill_(value))
 
@@ -534,6 +542,9 @@ REFUSED = {
                            ["llama", "model.layers.2.", "is missing"]),
     "weights of another shape": (lambda folder: edit_config(save_model(folder), intermediate_size=7),
                                  ["llama", "model.layers.0.mlp.", "of another shape"]),
+    "a layer too many": (lambda folder: edit_config(save_model(folder), num_hidden_layers=1),
+                         ["llama", "model.layers.1.", "not of this model"]),
+    "biases without a place": (biases_without_a_place, ["llama", "_proj.bias", "not of this model"]),
     "a table of another size": (lambda folder: edit_config(save_model(folder), vocab_size=99),
                                 ["llama", "of another shape"]),
     "code": (with_code, ["code"]),
@@ -553,6 +564,20 @@ def test_a_model_that_cannot_work_is_refused_by_name_in_one_line(folder, capsys,
     for word in words:
         assert word in line, line
     assert not pathlib.Path("here").exists() and not pathlib.Path("broken-in").exists()
+
+
+def test_constants_that_old_versions_saved_beside_the_weights_are_passed_over(tmp_path):
+    old = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4), "transformer.h.0.attn.bias": torch.ones(64, 64)}
+    before = state(load(save_model(tmp_path / "new", "gpt2")))
+    after = state(load(edit(save_model(tmp_path / "old", "gpt2"), lambda tensors: tensors.update(old))))
+    assert distance(before, after) == 0
+
+
+def test_no_library_speaks_before_the_one_line(folder, capsys):
+    """Where there is no network, the hub's library would tell of each of its retries."""
+    with pytest.raises(SystemExit):
+        run(jsonl(folder / "shop"), "--model", "models/none/here", "--out", "here")
+    assert huggingface_hub.logging.get_verbosity() == transformers.utils.logging.get_verbosity() == logging.ERROR
 
 
 def test_the_check_before_training_sees_what_goes_wrong_with_padding_alone(tmp_path, monkeypatch):

@@ -209,7 +209,7 @@ def test_a_reward_that_catches_everything_does_not_catch_a_signal(mine, folder, 
          "    return item * 0.1\n")
     with pytest.raises(SystemExit) as end:
         run("--reward", "mine:score", "--rl-steps", "9", "--out", "here")
-    assert end.value.code == 128 + number and "go on with --resume here" in capsys.readouterr().err
+    assert end.value.code == 128 + number and "with --resume here" in capsys.readouterr().err
     assert len(sys.modules["mine"].calls) == 4
     nano.main(["--resume", "here"])
     assert (folder / "here" / "report.md").exists()
@@ -234,6 +234,8 @@ FAULTS = {
                           ["KeyError", "mine.py, line 5", "price"]),
     "it exits": ("import sys\ndef score(history, item):\n    sys.exit('no licence')\n",
                  ["SystemExit", "mine.py, line 4", "no licence"]),
+    "a message that fails": ("class Odd(Exception):\n    def __str__(self):\n        raise KeyError('no')\n"
+                             "def score(history, item):\n    raise Odd\n", ["Odd", "line 6"]),
     "a message of two lines": ("def score(history, item):\n    raise ValueError('one\\ntwo')\n", ["one", "line 3"]),
     "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 2)"]),
     "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(2,)] instead of (2, 2)"]),

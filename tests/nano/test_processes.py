@@ -355,7 +355,7 @@ def test_of_several_processes_the_first_says_what_is_wrong_or_else_the_one_that_
         nano.main(["--toy", "--group-size", "1"])
     said = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(said) == 1 and bool(waited) == (rank == "1")
-    assert said[0].startswith("nanoadagrpo: process 1: " if rank == "1" else "nanoadagrpo: --tau")
+    assert said[0].startswith("nanoadagrpo: process 1: " if rank == "1" else "nanoadagrpo: --group-size 1: must be")
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):

@@ -442,7 +442,8 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(shop, monkeypatc
     before = signal.getsignal(number)
     with at_line(monkeypatch, lines, lambda: os.kill(os.getpid(), number)):
         line = refused(capsys, lambda: begin("here"), code)
-    assert line == f"nanoadagrpo: stopped after {last}; go on with --resume here"
+    how = "no checkpoint yet, begin again" if last == "sft, step 1" else "go on"
+    assert line == f"nanoadagrpo: stopped after {last}; {how} with --resume here"
     assert signal.getsignal(number) is before
     resume("here")
     assert made(shop / "here") == made(shop / "whole")

@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import itertools
 import re
 
 import pytest
@@ -98,6 +99,9 @@ def dense(name, updates):
         old = torch.where(same.unsqueeze(-1), old_truth, old)
         items = CATALOGUE.item(rollouts)
         keys = torch.rand(B, B * K, generator=dice["negatives"])
+        for b, j in itertools.product(range(B), range(B)):
+            if rows[b] == rows[j]:  # the same prompt, twice in this batch
+                keys[b, j * K : (j + 1) * K] += 1
         negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=c.negatives)]
         rewards, negative_rewards = reward(history, items), reward(history, negatives)
         target_reward = reward(history, target[:, None])[:, 0]
@@ -338,6 +342,19 @@ def test_the_reward_is_asked_about_rollouts_truth_and_other_prompts_rollouts(mon
         assert torch.equal(item[:, 6], PROMPTS.target[rows])
         assert torch.equal(item[:, 7:], item[:, :6].flatten()[negatives])
         assert (negatives // 6 != torch.arange(5)[:, None]).all()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7])
+def test_negatives_are_of_other_prompts_where_a_prompt_stands_in_a_batch_twice_too(monkeypatch, n):
+    """Fewer prompts than a batch holds, or a batch in which one round through them ends and the next begins."""
+    drawn, draw, c = [], core.in_batch_negatives, cfg()
+    monkeypatch.setattr(nano.core, "in_batch_negatives",
+                        lambda *x, **sizes: drawn.append(draw(*x, **sizes)) or drawn[-1])
+    train("adagrpo", c, prompts=PROMPTS.rows(slice(n)))
+    order = nano.batches(n, 5, STEPS, nano.make_generator(c.seed, "order"))
+    assert any(len(rows.unique()) < 5 for rows in order)
+    for rows, negatives in zip(order, drawn, strict=True):
+        assert (rows[negatives // 6] != rows[:, None]).all()
 
 
 # -- what is not finite ------------------------------------------------------------------------------------------------

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""tuned.py on a folder of a few rows: doses from validation, controls at the same dose, what is judged on what."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import tuned
+from arithmetic import choose_dose
+from nano.shops import TEST, VALID, jsonl
+
+import nanoadagrpo as nano
+
+from .conftest import interrupted_at
+
+SMALL = ["--sft-steps", "3", "--sft-batch-size", "4", "--rl-steps", "2", "--batch-size", "4", "--group-size", "6",
+         "--beam-width", "12", "--eval-batch-size", "9"]
+
+
+def words_of(folder, out, *more):
+    return ["--data", str(folder), "--out", str(out), "--tuning", "0", "--seeds", "100,101", "--jobs", "0", *SMALL,
+            *more]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return jsonl(tmp_path_factory.mktemp("tuned") / "shop")
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """Interrupted at the fourth arm of tuning, and gone on with."""
+    out, patch = tmp_path_factory.mktemp("out"), pytest.MonkeyPatch()
+    patch.setattr(nano, "progress", nano.progress)
+    with patch.context() as inner:
+        interrupted_at(inner, tuned, 4)
+        with pytest.raises(KeyboardInterrupt):
+            tuned.main(words_of(folder, out))
+    found = tuned.main(words_of(folder, out))
+    patch.undo()
+    return out, found
+
+
+def test_the_dose_is_the_best_on_validation_and_the_control_has_the_same(finished):
+    out, found = finished
+    for name in tuned.TUNED:
+        units = [json.loads((out / "tuning" / "seed-0" / f"{tuned.Arm(name, lam).label}.json").read_text())
+                 for lam in tuned.LAMBDAS]
+        arm = tuned.Arm(name, choose_dose({unit["lam"]: [unit["hr@10"]] for unit in units}))
+        assert arm in found
+        if name in tuned.CONTROL_OF:
+            assert arm._replace(name=tuned.CONTROL_OF[name]) in found
+
+
+def test_doses_are_chosen_on_validation_and_arms_judged_on_all_test_prompts(finished):
+    out, found = finished
+    with np.load(out / "tuning" / "seed-0" / "grpo+nll_lam1.npz") as arrays:
+        assert len(arrays["rank"]) == len(VALID)
+    for units in found.values():
+        assert [unit["seed"] for unit in units] == [100, 101]
+        assert all(len(unit["arrays"]["rank"]) == len(TEST) for unit in units)
+
+
+def test_controls_admit_as_many_as_what_they_control(finished):
+    _, found = finished
+    rate = {arm.name: [unit["admitted"] for unit in units] for arm, units in found.items()}
+    assert all(np.isnan(rate["nll"])) and rate["grpo+nll"] == [1.0, 1.0]
+    # The first step is from the same policy; later ones are not, so that rates may drift apart.
+    assert np.allclose(rate["random-d"], rate["adagrpo-d"], atol=0.51)
+    hard, clear = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool), torch.arange(8) < 5
+    seen = torch.zeros(2, 8)
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        for i, (name, gate) in enumerate((("random-d", hard), ("random-r", clear))):
+            admitted = tuned.CONTROLS[name].admit(hard, clear, None, generator)
+            assert admitted.sum() == gate.sum()
+            seen[i] += admitted
+    assert (seen > 0).all()  # anybody may be chosen
+
+
+def test_the_base_is_trained_once_and_the_same_for_all_arms(finished, folder, tmp_path):
+    out, found = finished
+    base, nll = found[tuned.Arm("base")], found[tuned.Arm("nll")]
+    assert (out / "seed-100" / "base-policy.npz").exists() and not list(out.rglob("*.part*"))
+    assert nll[0]["core_seconds"] > 0 and base[0]["lam"] == 0
+    # The script's own run of the same seed ends at the same base policy and the same NLL.
+    results = nano.main(["--data", str(folder), "--seed", "100", "--method", "nll", "--device", "cpu", "--out",
+                         str(tmp_path / "run"), *SMALL])
+    assert results["base"]["hr@10"] == base[0]["hr@10"] and results["nll"]["hr@10"] == nll[0]["hr@10"]
+
+
+def test_the_report_says_what_the_units_say(finished):
+    out, found = finished
+    text = (out / "report.md").read_text(encoding="utf-8")
+    for arm, units in found.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {arm.title} ") and "−" not in line
+                   and line.count("|") == 6)
+        cells = [cell.strip() for cell in row.split("|")[2:-1]]
+        ranks = np.stack([unit["arrays"]["rank"] for unit in units])
+        assert float(cells[0]) == pytest.approx(100 * np.mean(ranks <= 10), abs=0.006)
+        assert (cells[3] == "") == np.isnan(units[0]["admitted"])
+    a, b = tuned.Arm("nll"), tuned.Arm("base")
+    row = next(line for line in text.splitlines() if line.startswith(f"| {a.title} − {b.title} "))
+    x, y = (np.stack([unit["arrays"]["rank"] for unit in found[arm]]) <= 10 for arm in (a, b))
+    assert float(re.search(r"[-+][\d.]+", row.split("|")[2])[0]) == pytest.approx(
+        100 * (x.mean() - y.mean()), abs=0.006)
+    command = text.splitlines()[0]
+    assert "--tuning 0 --seeds 100-101" in command and "--group-size 6" in command and str(out) not in text
+
+
+def test_units_of_other_data_or_flags_are_refused(finished, folder, tmp_path, capsys):
+    out, _ = finished
+    other = jsonl(tmp_path / "other")
+    with (other / "train.jsonl").open("a") as file:
+        file.write((other / "test.jsonl").read_text())
+    for words in (words_of(other, out), words_of(folder, out, "--rho", "0.4")):
+        with pytest.raises(SystemExit) as stop:
+            tuned.main(words)
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and "holds units of other" in lines[0]
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--lam", "3"], "--lam: decided by tuned.py"), (["--method", "nll"], "--method: decided"),
+    (["--keep", "best"], "--keep: decided"), (["--tuning", "0,100"], "none in both"),
+    (["--rho", "x"], "--rho"), (["--nonsense"], "--nonsense"), (["--data", "nowhere"], "nowhere"),
+])
+def test_bad_input_is_refused_in_one_line(folder, more, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tuned.main(words_of(folder, tmp_path / "out", *more))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "out").exists()
