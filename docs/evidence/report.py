@@ -594,7 +594,7 @@ def tables_beside(path):
     return path.with_name(f"{path.stem}-tables.md")
 
 
-DRIVERS = {"toy": "docs/evidence/run.py", "real": "docs/evidence/real.py"}
+DRIVERS = {"toy": "docs/evidence/run.py", "real": "docs/evidence/real.py", "tuned": "docs/evidence/tuned.py"}
 
 
 def marks(part):
