@@ -67,7 +67,8 @@ def paragraphs(args, words, code, tried, found, pairs):
     yield (f"Paired differences, with 95 % intervals over {over}; bold where 0 lies outside. No correction is made for "
            "the number of comparisons.")
     yield table_differences(found, pairs)
-    yield (f"{machine()}; commit {commit(run.ROOT)}; code of the runs {code}; {minutes:.0f} core minutes without tuning.")
+    made = f"commit {commit(run.ROOT)}; code of the runs {code}; {minutes:.0f} core minutes without tuning."
+    yield f"{machine()}; {made}"
 
 
 def write_page(args, words, code, tried, found, pairs):
