@@ -417,7 +417,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first, cfg.rl_steps), name):
         batch, prefilled = prompts.rows(order[step]), []
-        admitted = torch.zeros(B, dtype=torch.bool, device=cfg.device)  # nobody yet
+        admitted_rows = [()] * len(parts)  # of each part: nobody yet
         stats, must_be_finite = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -444,19 +444,19 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
+            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]  # here, to wait for a GPU once
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             must_be_finite = stats | {"reward of an item": scored}
 
         # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
         for _ in range(cfg.updates):
             terms = []
-            for part in parts:
+            for part, rows in zip(parts, admitted_rows, strict=True):
                 # The first update uses what rollout() ran with a graph, if there is one part.
                 cache, target_logp = prefilled.pop() if prefilled else prefill(
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                rows = admitted[part].nonzero()[:, 0]  # counted within the part
                 loss = method.supervised * nll.sum() / B  # 0 in pure GRPO
                 if len(rows):  # only their rollouts are run again, now with a graph
                     cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all

@@ -31,6 +31,7 @@ RUN_BY = {
     "torchrun": "tests/nano/test_processes.py",
     "python docs/evidence/run.py": "tests/evidence/test_run.py",
     "python docs/evidence/compare.py": "tests/evidence/test_compare.py",
+    "python docs/evidence/tuned.py": "tests/evidence/test_tuned.py",
     "python tests/benchmarks/speed.py": "tests/nano/test_benchmarks.py",
     "python tests/benchmarks/feedback.py": "tests/nano/test_benchmarks.py",
     "python tests/benchmarks/memory.py": "tests/docs/test_scale_page.py",

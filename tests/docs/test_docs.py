@@ -406,7 +406,7 @@ def test_every_key_that_the_pages_words_mention_is_logged(logged):
 
 def parts_of(text):
     """(what people wrote, what the drivers wrote) of a page."""
-    pieces = re.split(r"<!-- (?:toy|real)(?:: this part is written by .*?)? -->|<!-- /(?:toy|real) -->", text)
+    pieces = re.split(r"<!-- (?:toy|real|tuned)(?:: this part is written by .*?)? -->|<!-- /(?:toy|real|tuned) -->", text)
     return "".join(pieces[::2]), "".join(pieces[1::2])
 
 
