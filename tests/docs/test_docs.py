@@ -406,7 +406,8 @@ def test_every_key_that_the_pages_words_mention_is_logged(logged):
 
 def parts_of(text):
     """(what people wrote, what the drivers wrote) of a page."""
-    pieces = re.split(r"<!-- (?:toy|real|tuned)(?:: this part is written by .*?)? -->|<!-- /(?:toy|real|tuned) -->", text)
+    driver = "(?:toy|real|tuned)"
+    pieces = re.split(rf"<!-- {driver}(?:: this part is written by .*?)? -->|<!-- /{driver} -->", text)
     return "".join(pieces[::2]), "".join(pieces[1::2])
 
 
