@@ -241,7 +241,7 @@ def unbranched(prefix, n):
 
 
 def teacher_forcing(tokens):
-    """Follow these Semantic IDs (B, n, L): so Part II checks models."""
+    """Follow these Semantic IDs (B, n, L); Part II checks models with it."""
     return lambda prefix, *_: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
@@ -255,7 +255,7 @@ def sample(uniform):
     def select(prefix, next_logp, branch_logp):
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
         u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m), m = 1, then n
-        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # of NaN, too, is one
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN finds none
         return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
     return select
@@ -416,8 +416,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     parts, first = local_micro_batches(B, cfg.micro_batch_size), restore(optimizer, generators, name)
 
     for step in progress(range(first, cfg.rl_steps), name):
-        batch, prefilled = prompts.rows(order[step]), []
-        admitted_rows = [()] * len(parts)  # of each part: nobody yet
+        batch, prefilled, admitted_rows = prompts.rows(order[step]), [], [()] * len(parts)  # nobody yet
         stats, must_be_finite = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -444,7 +443,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]  # here, to wait for a GPU once
+            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]  # waits for a GPU, once
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             must_be_finite = stats | {"reward of an item": scored}
 
@@ -1100,13 +1099,16 @@ def pretrained_policy(catalogue, cfg):
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
         wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]),
-                 *(name for name in found["unexpected_keys"] if "masked_bias" not in name),  # a constant
+                 *(name for name in found["unexpected_keys"] if not re.search(HARMLESS, name)),
                  *(name for name, p in model.named_parameters() if not p.isfinite().all())]
         if wrong:
             raise ValueError(f"{min(wrong)} is missing, of another shape, not of this model, or not finite")
         for p in model.parameters():  # copies: where it begins in the file's memory can decide a last digit
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
+
+
+HARMLESS = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, and BERT's other heads
 
 
 def tables_of(model):

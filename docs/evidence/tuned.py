@@ -15,7 +15,6 @@ under OUT.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import functools
@@ -37,8 +36,11 @@ import measure  # noqa: E402
 import numpy as np  # noqa: E402
 import run  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
 import tuned_report  # noqa: E402
 from arithmetic import choose_dose  # noqa: E402
+from report import marks  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
 from nanoadagrpo import UserError  # noqa: E402
@@ -46,7 +48,9 @@ from nanoadagrpo import UserError  # noqa: E402
 LAMBDAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TUNED = ("grpo+nll", "adagrpo-d", "adagrpo-r", "adagrpo", "random-gate")
 CONTROL_OF = {"adagrpo": "as-adagrpo", "adagrpo-r": "as-r", "adagrpo-d": "as-d"}  # gate -> at random, as many
-DECIDED = ("toy", "seed", "method", "lam", "out", "resume", "keep", "eval_prompts", "device")  # here, not by flags
+# What is decided here, and what has nothing to do here.
+DECIDED = ("toy", "seed", "method", "lam", "grpo_lr", "bait", "out", "resume", "keep", "eval_prompts", "eval_every",
+           "save_every", "log_to", "device")
 
 
 class Arm(NamedTuple):
@@ -123,6 +127,8 @@ def one_seed(cfg, out, seed, arms, tuning):
     """Whatever of this seed is not there yet."""
     torch.set_num_threads(1)
     nano.progress = run.plain
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     for arm in arms:
         path = run.unit_file(out, seed, arm.label)
         if path.exists():
@@ -154,7 +160,7 @@ def units(args, cfg, out, seeds, arms, tuning=False):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser("tuned.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = nano.Parser("tuned.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", required=True, help="folder as docs/data.md has it")
     add("--out", type=Path, required=True, help="folder of the finished units and the report")
@@ -163,22 +169,31 @@ def parse(argv):
     add("--page", type=Path, help="a page that has a place for the result (default OUT/report.md)")
     add("--jobs", type=int, default=1, help="seeds at a time, each on one core; 0: all in this process")
     args, flags = parser.parse_known_args(argv)
-    args.page = args.page or args.out / "report.md"
-    if not args.tuning or not args.seeds or set(args.tuning) & set(args.seeds):
-        raise UserError("--tuning, --seeds: name seeds for each, and none in both")
+    start, end = marks("tuned")
+    if args.page and not (args.page.is_file() and start in args.page.read_text(encoding="utf-8")):
+        raise UserError(f"--page {args.page}: has no place for this; put the lines {start.strip()} and {end} there")
+    args.page, both = args.page or args.out / "report.md", args.tuning + args.seeds
+    if not args.tuning or not args.seeds or len(set(both)) < len(both):
+        raise UserError("--tuning, --seeds: name seeds for each, each seed once")
+    for name in sorted({flag.split("=")[0] for flag in flags} & set(map(nano.to_flag, DECIDED))):
+        raise UserError(f"{name}: decided by tuned.py, or without effect here; leave it out")
     cfg = nano.parse(["--data", args.data, "--device", "cpu", *flags])
-    for name in DECIDED[:-1]:
-        if getattr(cfg, name) != getattr(nano.Settings, name):
-            raise UserError(f"{nano.to_flag(name)}: decided by tuned.py; leave it out")
+    if cfg.beam_width < 10 or args.jobs < 0:
+        raise UserError("--beam-width, --jobs: HR@10 chooses the doses, and needs 10 or more beams; jobs are 0 or more")
     return args, cfg
 
 
 def main(argv=None):
     try:
         args, cfg = parse(argv)
-        files = sorted(path for path in Path(cfg.data).iterdir() if path.is_file())
-        content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        made = {"settings": dataclasses.asdict(cfg) | {"data": ""}, "data": content,
+        data = nano.load_data(cfg.data, cfg)  # what is wrong with it, or with the reward, is said first
+        if cfg.reward:
+            item = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)
+            nano.own_reward(cfg, [], data.rl.history[:2], item)
+        content = hashlib.sha256()
+        for path in sorted(path for path in Path(cfg.data).iterdir() if path.is_file()):
+            content.update(path.name.encode() + b"\0" + path.read_bytes())
+        made = {"settings": dataclasses.asdict(cfg) | {"data": ""}, "data": content.hexdigest(),
                 "code": run.code_of("tuned.py", "measure.py", "arithmetic.py")}
         run.same_origin(args.out, made)
         grid = [Arm(name, lam) for name in TUNED for lam in LAMBDAS]
@@ -191,8 +206,7 @@ def main(argv=None):
         arms = list(dict.fromkeys([base, nll, *at.values(), *control.values()]))  # a control after its gate
         pairs = [(nll, base), (at["grpo+nll"], nll)]
         for name in CONTROL_OF:
-            pairs += [(at[name], nll), (at[name], control[name]), (at[name], at["grpo+nll"])]
-        pairs.append((at["adagrpo"], at["random-gate"]))
+            pairs += [(at[name], other) for other in (nll, control[name], at["random-gate"], at["grpo+nll"])]
         found = units(args, cfg, args.out, args.seeds, arms)
         words = [word for name, x in dataclasses.asdict(cfg).items()
                  if x != getattr(nano.Settings, name) and name not in (*DECIDED, "data")

@@ -19,10 +19,10 @@ def title(arm):
 
 
 def values(units):
-    """{metric: (seeds, prompts)} in percent."""
+    """{metric: (seeds, prompts)} in percent; HR@50 if there are as many beams."""
     rank = np.stack([unit["arrays"]["rank"] for unit in units]).astype(float)
-    return {"HR@10": 100.0 * (rank <= 10), "HR@50": 100.0 * (rank <= 50),
-            "NDCG@10": 100.0 * np.where(rank <= 10, 1 / np.log2(1.0 + rank), 0.0)}
+    found = {f"HR@{k}": 100.0 * (rank <= k) for k in (10, 50) if f"hr@{k}" in units[0]}
+    return found | {"NDCG@10": 100.0 * np.where(rank <= 10, 1 / np.log2(1.0 + rank), 0.0)}
 
 
 def table_doses(tried):
@@ -36,7 +36,7 @@ def table_doses(tried):
 
 
 def table_arms(found):
-    rows = [["", "HR@10 %", "HR@50 %", "NDCG@10 %", "admitted %"]]
+    rows = [["", *(f"{key} %" for key in values(next(iter(found.values())))), "admitted %"]]
     for arm, units in found.items():
         means = [number(x.mean()) for x in values(units).values()]
         rows.append([title(arm), *means, number(np.mean([unit["admitted"] for unit in units]), 100, 1)])
@@ -44,7 +44,7 @@ def table_arms(found):
 
 
 def table_differences(found, pairs):
-    rows = [["difference, points", "HR@10", "HR@50", "NDCG@10"]]
+    rows = [["difference, points", *values(next(iter(found.values())))]]
     for a, b in pairs:
         x, y = values(found[a]), values(found[b])
         rows.append([f"{title(a)} − {title(b)}", *(signed(interval(x[key] - y[key])) for key in x)])
@@ -60,12 +60,12 @@ def paragraphs(args, words, code, tried, found, pairs):
     yield "*Written by `docs/evidence/tuned.py`; edit that instead.*"
     command = ["python docs/evidence/tuned.py --data DIR --out OUT --tuning", tuning, "--seeds", seeds, *words]
     yield "    " + " ".join(command)
-    yield f"HR@10 in % on all validation prompts, mean of seeds {tuning}; bold: chosen."
+    yield f"HR@10 in % on all validation prompts, mean of seed{'s' * (len(args.tuning) > 1)} {tuning}; bold: chosen."
     yield table_doses(tried)
-    yield f"Then seeds {seeds}, all {n:,} test prompts:"
+    yield f"Then seed{'s' * (len(units) > 1)} {seeds}, all {n:,} test prompts:"
     yield table_arms(found)
-    yield (f"Paired differences, with 95 % intervals over {over}; bold where 0 lies outside. No correction is made for "
-           "the number of comparisons.")
+    yield (f"Paired differences, with 95 % intervals over {over}; bold where 0 lies outside. They take λ as given, and "
+           "leave out that it was chosen on a few seeds. No correction is made for the number of comparisons.")
     yield table_differences(found, pairs)
     made = f"commit {commit(run.ROOT)}; code of the runs {code}; {minutes:.0f} core minutes without tuning."
     yield f"{machine()}; {made}"

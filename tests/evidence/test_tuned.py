@@ -96,11 +96,11 @@ def test_the_report_says_what_the_units_say(finished):
     text = (out / "report.md").read_text(encoding="utf-8")
     for arm, units in found.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {tuned_report.title(arm)} ")
-                   and "−" not in line and line.count("|") == 6)
+                   and "−" not in line and line.count("|") == 5)
         cells = [cell.strip() for cell in row.split("|")[2:-1]]
         ranks = np.stack([unit["arrays"]["rank"] for unit in units])
         assert float(cells[0]) == pytest.approx(100 * np.mean(ranks <= 10), abs=0.006)
-        assert (cells[3] == "") == np.isnan(units[0]["admitted"])
+        assert (cells[2] == "") == np.isnan(units[0]["admitted"])
     a, b = tuned.Arm("nll"), tuned.Arm("base")
     start = f"| {tuned_report.title(a)} − {tuned_report.title(b)} "
     row = next(line for line in text.splitlines() if line.startswith(start))
@@ -130,7 +130,10 @@ def test_units_of_other_data_or_flags_are_refused(finished, folder, tmp_path, ca
     other = jsonl(tmp_path / "other")
     with (other / "train.jsonl").open("a") as file:
         file.write((other / "test.jsonl").read_text())
-    for words in (words_of(other, out), words_of(folder, out, "--rho", "0.4")):
+    renamed = jsonl(tmp_path / "renamed")
+    (renamed / "valid.jsonl").rename(renamed / "v"), (renamed / "test.jsonl").rename(renamed / "valid.jsonl")
+    (renamed / "v").rename(renamed / "test.jsonl")
+    for words in (words_of(other, out), words_of(renamed, out), words_of(folder, out, "--rho", "0.4")):
         with pytest.raises(SystemExit) as stop:
             tuned.main(words)
         lines = capsys.readouterr().err.splitlines()
@@ -139,7 +142,11 @@ def test_units_of_other_data_or_flags_are_refused(finished, folder, tmp_path, ca
 
 @pytest.mark.parametrize("more, message", [
     (["--lam", "3"], "--lam: decided by tuned.py"), (["--method", "nll"], "--method: decided"),
-    (["--keep", "best"], "--keep: decided"), (["--tuning", "0,100"], "none in both"),
+    (["--keep", "best"], "--keep: decided"), (["--tuning", "0,100"], "each seed once"), (["--lam=5.0"], "--lam: deci"),
+    (["--seeds", "100,100"], "each seed once"), (["--seeds", "x"], "--seeds"), (["--jobs", "-1"], "--jobs"),
+    (["--device", "cuda"], "--device: decided"), (["--save-every", "3"], "--save-every: decided"),
+    (["--beam-width", "9"], "--beam-width"), (["--page", "nowhere/page.md"], "has no place"),
+    (["--reward", "none:score"], "--reward none:score"),
     (["--rho", "x"], "--rho"), (["--nonsense"], "--nonsense"), (["--data", "nowhere"], "nowhere"),
 ])
 def test_bad_input_is_refused_in_one_line(folder, more, message, tmp_path, capsys):

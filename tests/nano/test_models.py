@@ -571,6 +571,14 @@ def test_constants_that_old_versions_saved_beside_the_weights_are_passed_over(tm
     before = state(load(save_model(tmp_path / "new", "gpt2")))
     after = state(load(edit(save_model(tmp_path / "old", "gpt2"), lambda tensors: tensors.update(old))))
     assert distance(before, after) == 0
+    neo = GPTNeoConfig(**PLAIN, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24,
+                       max_position_embeddings=64, attention_types=[[["global"], 2]])
+    bert = BertConfig(**PLAIN, **SIZES, is_decoder=True)
+    for config, names in (neo, ["transformer.h.0.attn.attention.bias", "transformer.h.1.attn.attention.masked_bias"]), (
+            bert, ["bert.pooler.dense.weight", "cls.seq_relationship.bias"]):
+        made_of(config)(tmp_path / config.model_type)
+        load(edit(tmp_path / config.model_type, lambda tensors, names=names: tensors.update(
+            {name: torch.ones(2) for name in names})))
 
 
 def test_no_library_speaks_before_the_one_line(folder, capsys):
