@@ -1047,6 +1047,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
 
 QUERY_TOKEN, START_TOKEN = "<next>", "<start>"
+HARMLESS = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # of a file: old masks, and BERT's other heads
 
 
 def tiny_policy(catalogue, cfg, width=64, layers=2):
@@ -1106,9 +1107,6 @@ def pretrained_policy(catalogue, cfg):
         for p in model.parameters():  # copies: where it begins in the file's memory can decide a last digit
             p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
-
-
-HARMLESS = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, and BERT's other heads
 
 
 def tables_of(model):
