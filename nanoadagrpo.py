@@ -1047,7 +1047,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
 
 QUERY_TOKEN, START_TOKEN = "<next>", "<start>"
-HARMLESS = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # of a file: old masks, and BERT's other heads
+HARMLESS = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, BERT's other heads
 
 
 def tiny_policy(catalogue, cfg, width=64, layers=2):
