@@ -1047,7 +1047,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
 
 QUERY_TOKEN, START_TOKEN = "<next>", "<start>"
-HARMLESS = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, BERT's other heads
+KEYS_TO_IGNORE = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, BERT's other heads
 
 
 def tiny_policy(catalogue, cfg, width=64, layers=2):
@@ -1100,7 +1100,7 @@ def pretrained_policy(catalogue, cfg):
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
         wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]),
-                 *(name for name in found["unexpected_keys"] if not re.search(HARMLESS, name)),
+                 *(name for name in found["unexpected_keys"] if not re.search(KEYS_TO_IGNORE, name)),
                  *(name for name, p in model.named_parameters() if not p.isfinite().all())]
         if wrong:
             raise ValueError(f"{min(wrong)} is missing, of another shape, not of this model, or not finite")

@@ -99,6 +99,16 @@ def load_weights(policy, path):
         policy.model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
 
 
+def load_or_train(policy, data, cfg, base_file):
+    """Make this policy the base policy: read from `base_file`, or trained and kept there."""
+    if base_file.exists():
+        load_weights(policy, base_file)
+    else:
+        nano.train_sft(policy, data.sft, cfg, lambda **row: None)
+        base_file.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(policy, base_file)
+
+
 def prepare(cfg, world, base_file):
     """The world, the ranker, and the base policy: read from `base_file`, or trained and kept there.
 
@@ -108,12 +118,7 @@ def prepare(cfg, world, base_file):
     truth = Truth(*(data.world[key] for key in ("taste", "quality", "context", "level1", "baited")), cfg.bait)
     ranker = nano.train_ranker(data.catalogue, data.log, cfg)
     policy = nano.tiny_policy(data.catalogue, cfg)
-    if base_file.exists():
-        load_weights(policy, base_file)
-    else:
-        nano.train_sft(policy, data.sft, cfg, lambda **row: None)
-        base_file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(policy, base_file)
+    load_or_train(policy, data, cfg, base_file)
     return Setup(cfg, world, data, truth, ranker, policy, copy.deepcopy(policy.model.state_dict()),
                  nano.subset(data.valid, -(-cfg.eval_prompts // 5), cfg.seed, "valid"),
                  nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test"))

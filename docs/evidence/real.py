@@ -372,8 +372,6 @@ def one_seed(cfg, yahoo, out, seed, arms, tuning):
 
 def work_through(args, out, arms, tuning=False):
     tasks = [(SIZES[args.size], args.yahoo, out, seed, arms, tuning) for seed in args.seeds]
-    if not args.jobs:
-        return [one_seed(*task) for task in tasks]
     run.side_by_side(one_seed, tasks, args.jobs)
 
 

@@ -602,6 +602,11 @@ def marks(part):
     return f"<!-- {part}: this part is written by {DRIVERS[part]} -->\n", f"<!-- /{part} -->"
 
 
+def no_place(part, path):
+    start, end = marks(part)
+    return UserError(f"--page {path}: has no place for this; put the lines {start.strip()} and {end} there")
+
+
 def place(part, path, paragraphs):
     """Write a page, or its part on a page that has a place for it; what stands around that is kept. A page without a
     place that somebody else wrote is refused, not overwritten."""
@@ -612,7 +617,7 @@ def place(part, path, paragraphs):
     if began and ended:
         text = before + start + text + end + after
     elif old and f"*Written by `{DRIVERS[part]}`" not in old:
-        raise UserError(f"--page {path}: has no place for this; put the lines {start.strip()} and {end} there")
+        raise no_place(part, path)
     path.write_text(text, encoding="utf-8")
 
 

@@ -164,15 +164,17 @@ def work_through(size, out, work, jobs, base=True):
     tasks = [(size, out, seed, first + list(units.items())) for seed, units in work.items()]
     tasks = [task for task in tasks
              if not all(unit_file(out, task[2], arm.label if arm else "base").exists() for arm, _ in task[3])]
-    if not jobs:
-        for task in tasks:
-            one_seed(*task)
-        return
-    side_by_side(in_own_process, tasks, jobs)
+    side_by_side(in_own_process if jobs else one_seed, tasks, jobs)
 
 
 def side_by_side(function, tasks, jobs):
-    """Every task in a process of its own; the first that fails or is interrupted ends the others."""
+    """Every task in a process of its own, `jobs` at a time; the first that fails or is interrupted ends the others.
+
+    jobs 0: here, one after another."""
+    if not jobs:
+        for task in tasks:
+            function(*task)
+        return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
             for future in as_completed([pool.submit(function, *task) for task in tasks]):

@@ -40,7 +40,7 @@ import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 import tuned_report  # noqa: E402
 from arithmetic import choose_dose  # noqa: E402
-from report import marks  # noqa: E402
+from report import marks, no_place  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
 from nanoadagrpo import UserError  # noqa: E402
@@ -48,6 +48,7 @@ from nanoadagrpo import UserError  # noqa: E402
 LAMBDAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TUNED = ("grpo+nll", "adagrpo-d", "adagrpo-r", "adagrpo", "random-gate")
 CONTROL_OF = {"adagrpo": "as-adagrpo", "adagrpo-r": "as-r", "adagrpo-d": "as-d"}  # gate -> at random, as many
+GATE_OF = {control: gate for gate, control in CONTROL_OF.items()}
 # What is decided here, and what has nothing to do here.
 DECIDED = ("toy", "seed", "method", "lam", "grpo_lr", "bait", "out", "resume", "keep", "eval_prompts", "eval_every",
            "save_every", "log_to", "device")
@@ -78,18 +79,11 @@ class Setup(NamedTuple):
 @functools.lru_cache(1)
 def prepare(cfg, folder):
     """Data, ranker, and the base policy: read from `folder`, or trained and kept there."""
-    data, path = nano.load_data(cfg.data, cfg), folder / "base-policy.npz"
+    data = nano.load_data(cfg.data, cfg)
     ranker = nano.train_ranker(data.catalogue, data.log, cfg)
     reward = functools.partial(nano.own_reward, cfg, []) if cfg.reward else nano.make_reward(ranker, cfg)
     policy = (nano.pretrained_policy if cfg.model else nano.tiny_policy)(data.catalogue, cfg)
-    if path.exists():
-        measure.load_weights(policy, path)
-    else:
-        nano.train_sft(policy, data.sft, cfg, lambda **row: None)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")
-        measure.save_weights(policy, part)
-        part.replace(path)
+    measure.load_or_train(policy, data, cfg, folder / "base-policy.npz")
     return Setup(cfg, data, ranker, reward, policy, copy.deepcopy(policy.model.state_dict()))
 
 
@@ -135,9 +129,8 @@ def one_seed(cfg, out, seed, arms, tuning):
             continue
         began = time.process_time()
         setup, counts = prepare(dataclasses.replace(cfg, seed=seed), out / f"seed-{seed}"), None  # once
-        for gate, control in CONTROL_OF.items():
-            if arm.name == control:
-                counts = run.load(out, seed, Arm(gate, arm.lam).label)["arrays"]["admitted"]
+        if arm.name in GATE_OF:
+            counts = run.load(out, seed, arm._replace(name=GATE_OF[arm.name]).label)["arrays"]["admitted"]
         found, arrays = run_arm(setup, arm, tuning, counts)
         measure.save(path.with_suffix(".npz"), arrays)
         found |= {"seed": seed, "core_seconds": time.process_time() - began}
@@ -147,12 +140,7 @@ def one_seed(cfg, out, seed, arms, tuning):
 
 def units(args, cfg, out, seeds, arms, tuning=False):
     """{arm: [unit of each seed]}, made where they are not there yet."""
-    tasks = [(cfg, out, seed, arms, tuning) for seed in seeds]
-    if args.jobs:
-        run.side_by_side(one_seed, tasks, args.jobs)
-    else:
-        for task in tasks:
-            one_seed(*task)
+    run.side_by_side(one_seed, [(cfg, out, seed, arms, tuning) for seed in seeds], args.jobs)
     return {arm: [run.load(out, seed, arm.label) for seed in seeds] for arm in arms}
 
 
@@ -168,51 +156,54 @@ def parse(argv):
     add("--seeds", type=run.seed_list, required=True, help="seeds that are reported, such as 100-109")
     add("--page", type=Path, help="a page that has a place for the result (default OUT/report.md)")
     add("--jobs", type=int, default=1, help="seeds at a time, each on one core; 0: all in this process")
-    args, flags = parser.parse_known_args(argv)
-    start, end = marks("tuned")
-    if args.page and not (args.page.is_file() and start in args.page.read_text(encoding="utf-8")):
-        raise UserError(f"--page {args.page}: has no place for this; put the lines {start.strip()} and {end} there")
+    args, args.flags = parser.parse_known_args(argv)
+    if args.page and not (args.page.is_file() and marks("tuned")[0] in args.page.read_text(encoding="utf-8")):
+        raise no_place("tuned", args.page)  # before hours of runs, not after them
     args.page, both = args.page or args.out / "report.md", args.tuning + args.seeds
     if not args.tuning or not args.seeds or len(set(both)) < len(both):
         raise UserError("--tuning, --seeds: name seeds for each, each seed once")
-    for name in sorted({flag.split("=")[0] for flag in flags} & set(map(nano.to_flag, DECIDED))):
+    for name in sorted({flag.split("=")[0] for flag in args.flags} & set(map(nano.to_flag, DECIDED))):
         raise UserError(f"{name}: decided by tuned.py, or without effect here; leave it out")
-    cfg = nano.parse(["--data", args.data, "--device", "cpu", *flags])
+    cfg = nano.parse(["--data", args.data, "--device", "cpu", *args.flags])
     if cfg.beam_width < 10 or args.jobs < 0:
         raise UserError("--beam-width, --jobs: HR@10 chooses the doses, and needs 10 or more beams; jobs are 0 or more")
     return args, cfg
 
 
+def origin(cfg):
+    """What the units depend on: settings, data, and the code that makes them."""
+    content = hashlib.sha256()
+    for path in sorted(path for path in Path(cfg.data).iterdir() if path.is_file()):
+        content.update(path.name.encode() + b"\0" + path.read_bytes())
+    return {"settings": dataclasses.asdict(cfg) | {"data": ""}, "data": content.hexdigest(),
+            "code": run.code_of("tuned.py", "measure.py", "arithmetic.py")}
+
+
+def compare(args, cfg):
+    data = nano.load_data(cfg.data, cfg)  # what is wrong with it, or with the reward, is said first
+    if cfg.reward:
+        item = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)
+        nano.own_reward(cfg, [], data.rl.history[:2], item)
+    made = origin(cfg)
+    run.same_origin(args.out, made)
+    grid = [Arm(name, lam) for name in TUNED for lam in LAMBDAS]
+    trials = units(args, cfg, args.out / "tuning", args.tuning, grid, tuning=True)
+    tried = {name: {lam: [unit["hr@10"] for unit in trials[Arm(name, lam)]] for lam in LAMBDAS} for name in TUNED}
+    at = {name: Arm(name, choose_dose(tried[name])) for name in TUNED}
+    control = {name: Arm(other, at[name].lam) for name, other in CONTROL_OF.items()}
+    base, nll = Arm("base"), Arm("nll")
+    arms = [base, nll, *at.values(), *control.values()]  # a control after its gate
+    pairs = [(nll, base), (at["grpo+nll"], nll)]
+    for name in CONTROL_OF:
+        pairs += [(at[name], other) for other in (nll, control[name], at["random-gate"], at["grpo+nll"])]
+    found = units(args, cfg, args.out, args.seeds, arms)
+    tuned_report.write_page(args, made["code"][:12], tried, found, pairs)
+    return found
+
+
 def main(argv=None):
     try:
-        args, cfg = parse(argv)
-        data = nano.load_data(cfg.data, cfg)  # what is wrong with it, or with the reward, is said first
-        if cfg.reward:
-            item = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)
-            nano.own_reward(cfg, [], data.rl.history[:2], item)
-        content = hashlib.sha256()
-        for path in sorted(path for path in Path(cfg.data).iterdir() if path.is_file()):
-            content.update(path.name.encode() + b"\0" + path.read_bytes())
-        made = {"settings": dataclasses.asdict(cfg) | {"data": ""}, "data": content.hexdigest(),
-                "code": run.code_of("tuned.py", "measure.py", "arithmetic.py")}
-        run.same_origin(args.out, made)
-        grid = [Arm(name, lam) for name in TUNED for lam in LAMBDAS]
-        trials = units(args, cfg, args.out / "tuning", args.tuning, grid, tuning=True)
-        tried = {name: {arm.lam: [unit["hr@10"] for unit in of_seeds] for arm, of_seeds in trials.items()
-                        if arm.name == name} for name in TUNED}
-        at = {name: Arm(name, choose_dose(tried[name])) for name in TUNED}
-        control = {name: Arm(other, at[name].lam) for name, other in CONTROL_OF.items()}
-        base, nll = Arm("base"), Arm("nll")
-        arms = list(dict.fromkeys([base, nll, *at.values(), *control.values()]))  # a control after its gate
-        pairs = [(nll, base), (at["grpo+nll"], nll)]
-        for name in CONTROL_OF:
-            pairs += [(at[name], other) for other in (nll, control[name], at["random-gate"], at["grpo+nll"])]
-        found = units(args, cfg, args.out, args.seeds, arms)
-        words = [word for name, x in dataclasses.asdict(cfg).items()
-                 if x != getattr(nano.Settings, name) and name not in (*DECIDED, "data")
-                 for word in [nano.to_flag(name), str(x)][: 1 if x is True else 2]]
-        tuned_report.write_page(args, words, made["code"][:12], tried, found, list(dict.fromkeys(pairs)))
-        return found
+        return compare(*parse(argv))
     except (UserError, OSError) as error:
         print(f"tuned.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import numpy as np
 import run
 from arithmetic import choose_dose
@@ -51,15 +53,15 @@ def table_differences(found, pairs):
     return markdown(rows)
 
 
-def paragraphs(args, words, code, tried, found, pairs):
+def paragraphs(args, code, tried, found, pairs):
     units = next(iter(found.values()))
-    n, minutes = len(units[0]["arrays"]["rank"]), sum(
-        unit["core_seconds"] for of_seeds in found.values() for unit in of_seeds) / 60
+    n = len(units[0]["arrays"]["rank"])
+    minutes = sum(unit["core_seconds"] for of_seeds in found.values() for unit in of_seeds) / 60
     tuning, seeds = run.seeds_text(args.tuning), run.seeds_text(args.seeds)
     over = "prompts and seeds" if len(units) > 1 else "the prompts of the one seed, not over seeds"
     yield "*Written by `docs/evidence/tuned.py`; edit that instead.*"
-    command = ["python docs/evidence/tuned.py --data DIR --out OUT --tuning", tuning, "--seeds", seeds, *words]
-    yield "    " + " ".join(command)
+    command = f"python docs/evidence/tuned.py --data DIR --out OUT --tuning {tuning} --seeds {seeds} "
+    yield f"    {command}{shlex.join(args.flags)}".rstrip()
     yield f"HR@10 in % on all validation prompts, mean of seed{'s' * (len(args.tuning) > 1)} {tuning}; bold: chosen."
     yield table_doses(tried)
     yield f"Then seed{'s' * (len(units) > 1)} {seeds}, all {n:,} test prompts:"
@@ -71,6 +73,6 @@ def paragraphs(args, words, code, tried, found, pairs):
     yield f"{machine()}; {made}"
 
 
-def write_page(args, words, code, tried, found, pairs):
-    place("tuned", args.page, paragraphs(args, words, code, tried, found, pairs))
+def write_page(args, code, tried, found, pairs):
+    place("tuned", args.page, paragraphs(args, code, tried, found, pairs))
     print(f"report: {args.page}")
