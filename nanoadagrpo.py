@@ -1506,26 +1506,6 @@ def influence_table(row):
             f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.")
 
 
-def picture(rows, path):
-    """Training dynamics, the paper's Figure 3: what the validation set and the gate say along the way."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    panels = {"validation HR@10 (%)": ("valid", "hr@10"), "admitted (%)": ("rl", "admitted"),
-              "validation hallucination (%)": ("valid", "hallucination"),
-              "validation p(click), best of 10": ("valid", "click_reward@10")}
-    for axes, (title, (phase, key)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl"):
-            mine = [x for x in rows if (x["phase"], x.get("method")) == (phase, method) and key in x]
-            y, n = [row[key] for row in mine], 20 if phase == "rl" else 1  # a batch admits in steps of 1/B
-            y = [np.mean(y[max(0, i + 1 - n) : i + 1]) * (100 if "%" in title else 1) for i in range(len(y))]
-            axes.plot([row["step"] for row in mine], y, label=method)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    figure.savefig(path, dpi=130)
-
-
 # -- a run ---------------------------------------------------------------------------------------------------
 
 
@@ -1618,15 +1598,14 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if not names:
             policy.save(out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
-        picture(rows, out / "dynamics.png")
         tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
         about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
         about += f"{cfg.device}, {torch.get_num_threads()} threads"
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
         for path in (*checkpoints.files(), *out.rglob(".tmp*")):  # the run is complete
             path.unlink()  # the latter are safetensors' own, of a run that was killed
-        print(f"\n{table(results, ON_SCREEN)}\n\n{about}\n{out}: policy, figure, and a report with all "
-              "columns (their definitions: docs/metrics.md)")
+        print(f"\n{table(results, ON_SCREEN)}\n\n{about}\n{out}: policy, and a report with all columns "
+              "(their definitions: docs/metrics.md)")
     return results
 
 
@@ -1635,7 +1614,7 @@ def write_report(out, cfg, results, about, influence):
              if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
     again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
     parts = [f"# {out.resolve().name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
-             "![training dynamics](dynamics.png)", *map(influence_table, influence)]
+             *map(influence_table, influence)]
     text = "\n\n".join(parts) + "\n"
     (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
     (out / "report.partial").rename(out / "report.md")
@@ -1770,9 +1749,8 @@ def parse(argv):
     cfg = Settings(**given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
-    for what, library in ("the figure", "matplotlib"), (f"--log-to {cfg.log_to}", cfg.log_to):
-        if library and importlib.util.find_spec(library) is None:
-            raise UserError(f"{what}: {library} is not installed; pip install {library}")
+    if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
+        raise UserError(f"--log-to {cfg.log_to}: it is not installed; pip install {cfg.log_to}")
     with in_one_line(*TORCHRUN):
         processes = int(os.environ.get("WORLD_SIZE", 1))
         unequal = cfg.sft_batch_size % processes or cfg.batch_size % processes
@@ -1844,7 +1822,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    os.environ.pop("MPLBACKEND", None)  # a notebook sets it; a figure in a file needs none
     if sys.stdout:  # a folder's name may hold what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -36,6 +36,7 @@ RUN_BY = {
     "python tests/benchmarks/feedback.py": "tests/nano/test_benchmarks.py",
     "python tests/benchmarks/memory.py": "tests/docs/test_scale_page.py",
     "python docs/figures/make.py": "tests/docs/test_figures.py",
+    "python docs/figures/dynamics.py": "tests/docs/test_figures.py",
     "python tests/recipes/on_copy.py": "tests/recipes/test_vendored_copy.py",
     "python tests/recipes/check_peers.py": "tests/recipes/check_peers.py",  # needs every peer: run by hand
     "pytest -m peers": ".ci/run",

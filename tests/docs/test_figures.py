@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""docs/figures/make.py: its arithmetic is that of the gate, and one command writes figures and tables."""
+"""docs/figures/: the arithmetic of make.py is that of the gate, and one command writes figures and tables."""
 
+import json
 import re
 import sys
 from fractions import Fraction
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "docs" / "figures"), str(ROOT / "docs" / "evidence")]
 FAQ = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
 
+import dynamics  # noqa: E402
 import make  # noqa: E402
 import probe  # noqa: E402
 from probe import Gate  # noqa: E402
@@ -140,3 +142,22 @@ def test_agreement_is_spearmans_correlation_of_the_items_alone():
 def test_a_page_without_a_place_is_refused_by_name():
     with pytest.raises(nano.UserError, match="knobs"):
         make.placed("nothing here", {"knobs": "x"})
+
+
+def test_the_dynamics_of_a_run_are_drawn_from_what_it_logged(tmp_path, capsys):
+    rows = [dict(phase="test", method="base", step=0)]
+    for method, admitted in (("nll", {}), ("adagrpo", {"admitted": 0.25})):
+        rows += [{"phase": "valid", "method": method, "step": step, "hr@10": step / 10, "hallucination": 0.5}
+                 for step in (0, 4)]
+        rows += [dict(phase="rl", method=method, step=step, **admitted) for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dynamics.main([str(tmp_path)])
+    assert (tmp_path / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{tmp_path / 'dynamics.png'}\n"
+    curves = dynamics.curves(rows)
+    assert list(curves) == list(dynamics.PANELS) and all(list(lines) == ["nll", "adagrpo"] for lines in curves.values())
+    assert curves["validation HR@10 (%)"]["nll"] == ([0, 4], [0, 40])
+    assert curves["admitted (%)"] == {"nll": ([], []), "adagrpo": ([1, 2, 3, 4], [25] * 4)}
+    assert curves["validation hallucination (%)"]["adagrpo"] == ([0, 4], [50, 50])
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl: No such file or directory; name one folder"):
+        dynamics.main([str(tmp_path / "none")])

@@ -93,7 +93,7 @@ def test_the_folder_holds_what_the_page_says(played):
     named = set(re.findall(r"`([\w/-]+(?:\.\w+)?)`", names)) - {"valid", "runs/tutorial/"}
     assert {"report.md", "policy/adagrpo"} <= named and all((out / name).exists() for name in named)
     report = (out / "report.md").read_text()
-    order = ["python nanoadagrpo.py --data shop", "HR@1 %", "ranker: learnt from", "dynamics.png", "## Influence"]
+    order = ["python nanoadagrpo.py --data shop", "HR@1 %", "ranker: learnt from", "## Influence"]
     places = [report.index(text) for text in order]
     assert places == sorted(places)
 

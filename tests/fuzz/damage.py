@@ -203,7 +203,7 @@ def report_there(draw, out):
                  lambda: (out / "report.partial").write_text("half"),
                  lambda: (out / "report.partial").mkdir(), lambda: (out / "report.md").mkdir(),
                  lambda: (out / "policy").write_text("a file"), lambda: (out / "policy").mkdir(),
-                 lambda: (out / "checkpoint.partial").mkdir(), lambda: (out / "dynamics.png").mkdir()])()
+                 lambda: (out / "checkpoint.partial").mkdir(), lambda: (out / "ranker.safetensors").mkdir()])()
 
 
 def data_edited(draw, out):

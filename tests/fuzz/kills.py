@@ -114,7 +114,6 @@ def hunt(draw, place, work, sort, lines, seconds, story):
             words = ["--resume", "run"] if going_on else ["--data", "shop", "--out", "run", *OPTIONS,
                                                           *SORTS[sort]]
             ended = process(words, signals, delay, draw.choice([0, 0.02]))
-            (out / "dynamics.png").exists() and (out / "dynamics.png").write_bytes(b"\x89PNG")
         else:
             call = (lambda: resume("run")) if going_on else (lambda: begin("run", *SORTS[sort]))
             if how == "line":

@@ -48,8 +48,7 @@ def run(*arguments, data="shop"):
 
 
 def make_brief(patch):
-    """Runs without what takes most of so short a run and is tested in files of its own: picture, ranker's training."""
-    patch.setattr(nano, "picture", lambda rows, path: path.write_bytes(b"\x89PNG"))
+    """Runs without what takes most of so short a run and is tested in files of its own: the ranker's training."""
     patch.setattr(nano, "train_ranker", functools.partial(nano.train_ranker, least_steps=5))
 
 

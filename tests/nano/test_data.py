@@ -222,7 +222,7 @@ def test_a_folder_is_trained_on_end_to_end(folder, layout, capsys):
         assert 0 <= metrics["hr@1"] <= metrics["hr@10"] <= 1
         assert not any(name.startswith("order") for name in metrics), "nobody recorded orders"
     assert {path.name for path in (folder / "here").iterdir()} == {
-        "config.json", "metrics.jsonl", "report.md", "dynamics.png", "policy", "ranker.safetensors"}
+        "config.json", "metrics.jsonl", "report.md", "policy", "ranker.safetensors"}
     assert "adagrpo" in capsys.readouterr().out
 
 

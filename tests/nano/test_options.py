@@ -387,15 +387,7 @@ def test_a_missing_library_is_one_line_with_the_command_that_mends_it(mine, fold
     monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None if name == library else find(name))
     mine("")
     line = refused(capsys, "--log-to", library, "--out", "here")
-    assert line == f"--log-to {library}: {library} is not installed; pip install {library}"
-    assert not (folder / "here").exists()
-
-
-def test_without_matplotlib_nothing_is_begun(mine, folder, capsys, monkeypatch):
-    find = nano.importlib.util.find_spec
-    monkeypatch.setattr(nano.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    mine("")
-    assert refused(capsys, "--out", "here") == "the figure: matplotlib is not installed; pip install matplotlib"
+    assert line == f"--log-to {library}: it is not installed; pip install {library}"
     assert not (folder / "here").exists()
 
 

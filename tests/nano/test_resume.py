@@ -562,7 +562,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_says_how_
 
 @pytest.mark.parametrize("owner, name, count", [
     (os, "fsync", 2), (pathlib.Path, "rename", 3), (pathlib.Path, "unlink", 2), (pathlib.Path, "open", 9),
-    (pathlib.Path, "write_text", 2), (pathlib.Path, "write_text", 3), (nano.Policy, "save", 1), (nano, "picture", 1)],
+    (pathlib.Path, "write_text", 2), (pathlib.Path, "write_text", 3), (nano.Policy, "save", 1)],
     ids=lambda value: getattr(value, "__name__", str(value)))
 def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys, owner, name, count):
     with failing(monkeypatch, owner, name, FULL, count):

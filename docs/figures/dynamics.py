@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Training dynamics of a run, the paper's Figure 3: what the validation set and the gate say along its steps.
+
+    python docs/figures/dynamics.py RUN      # writes RUN/dynamics.png, also while it runs; needs matplotlib
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+PANELS = {"validation HR@10 (%)": ("valid", "hr@10"), "admitted (%)": ("rl", "admitted"),
+          "validation hallucination (%)": ("valid", "hallucination"),
+          "validation p(click), best of 10": ("valid", "click_reward@10")}
+
+
+def curves(rows):
+    """{panel: {method: (steps, values)}}; what was not logged has no points."""
+    found = {}
+    for title, (phase, key) in PANELS.items():
+        found[title] = {}
+        for method in dict.fromkeys(row["method"] for row in rows if row["phase"] == "rl"):
+            mine = [row for row in rows if (row["phase"], row.get("method")) == (phase, method) and key in row]
+            y, n = [row[key] for row in mine], 20 if phase == "rl" else 1  # a batch admits in steps of 1/B
+            y = [np.mean(y[max(0, i + 1 - n) : i + 1]) * (100 if "%" in title else 1) for i in range(len(y))]
+            found[title][method] = [row["step"] for row in mine], y
+    return found
+
+
+def draw(rows, path):
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(PANELS)), curves(rows).items(), strict=True):
+        for method, (x, y) in lines.items():
+            axes.plot(x, y, label=method)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1:
+        raise SystemExit(__doc__.strip())
+    out = Path(argv[0])
+    try:
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}; name one folder that nanoadagrpo.py wrote") from None
+    draw(rows, out / "dynamics.png")
+    print(out / "dynamics.png")
+
+
+if __name__ == "__main__":
+    main()
