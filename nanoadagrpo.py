@@ -15,7 +15,7 @@ low. R: the ranker ranks it high, and the negatives, which are rollouts of other
 `adagrpo_core` has the formulas, by the paper's equation numbers (1 to 10). Part I is the method; Part II the
 shop: data, toy world, ranker, models; Part III the workshop: processes, checkpoints, report, command line.
 
-Where this differs from the paper, or the paper is silent:
+Where this differs from the paper, or the paper is silent (for those who know it; else go on below):
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-3 of the toy.
     So was rho, 0.3, where the paper has 0.1.
@@ -226,7 +226,7 @@ def prefill(policy, history, target=None):
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
     next_logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
     cache = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], next_logp[:, :1])
-    return cache, None if target is None else next_logp.gather(-1, truth[..., None])[..., 0]
+    return cache, (None if target is None else next_logp.gather(-1, truth[..., None])[..., 0])
 
 
 # A tree grows level by level, as a function decides: tree_decode(policy, cache, beam(50)) is a beam search.
@@ -325,43 +325,12 @@ def sequence_logp(policy, cache, tokens):
     return torch.cat([first, others], -1)
 
 
-# -- supervised training, which makes the base policy --------------------------------------------------------
-
-
-def train_sft(policy, prompts, cfg, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Minimise the mean NLL of the next item (eq. 2), nothing else.
-
-    log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
-    restore(optimizer, generators, name) brings back those of a stopped run; it returns the step to begin at.
-    """
-    B = cfg.sft_batch_size
-    optimizer = Optimizer(policy.model, cfg.sft_lr, cfg.sft_steps)
-    order = batches(len(prompts.target), B, cfg.sft_steps, make_generator(cfg.seed, "sft")).to(cfg.device)
-    parts, first = local_micro_batches(B, cfg.micro_batch_size), restore(optimizer, {}, "sft")
-    for step in progress(range(first, cfg.sft_steps), "sft"):
-        batch, nlls = prompts.rows(order[step]), []
-        for part in parts:
-            _, target_logp = prefill(policy, batch.history[part], batch.target[part])
-            nll = core.nll_loss(target_logp)
-            (nll.sum() / B).backward()
-            nlls.append(nll.detach())
-        sum_gradients(policy.model)
-        nll = all_gather(nlls)
-        norm, lr = optimizer.step(f"sft, step {step + 1}", nll=nll)
-        log(phase="sft", step=step + 1, lr=lr, nll=nll.mean(), gradient_norm=norm)
-        on_step(step + 1, optimizer, {}, "sft")
-
-
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
 
 
 class Method(NamedTuple):
     supervised: bool  # is the NLL part of the loss?
     admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets GRPO; None: no rollouts
-
-
-def admit_all(difficult, reliable, batch, generator):
-    return torch.ones_like(difficult)
 
 
 def random_gate(difficult, reliable, batch, generator):
@@ -372,11 +341,11 @@ def random_gate(difficult, reliable, batch, generator):
 
 METHODS = {
     "nll": Method(True, None),  # control, not in the paper
-    "grpo": Method(False, admit_all),
-    "grpo+nll": Method(True, admit_all),
-    "adagrpo-d": Method(True, lambda difficult, reliable, *_: difficult),
-    "adagrpo-r": Method(True, lambda difficult, reliable, *_: reliable),
-    "adagrpo": Method(True, lambda difficult, reliable, *_: core.sample_clip(difficult, reliable)),
+    "grpo": Method(False, lambda D, R, *_: torch.ones_like(D)),
+    "grpo+nll": Method(True, lambda D, R, *_: torch.ones_like(D)),
+    "adagrpo-d": Method(True, lambda D, R, *_: D),
+    "adagrpo-r": Method(True, lambda D, R, *_: R),
+    "adagrpo": Method(True, lambda D, R, *_: core.sample_clip(D, R)),  # D and R
     "random-gate": Method(True, random_gate),  # control, not in the paper
 }
 
@@ -404,19 +373,23 @@ def rollout(policy, batch, parts, K, generator):
 def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Post-train `policy` in place by one of METHODS; reward_fn(history, item) scores items (B, n).
 
-    `log`, `restore`, `on_step`: as for `train_sft`.
+    log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
+    restore(optimizer, generators, name) brings back those of a stopped run; it returns the step to begin at.
     """
-    method, B, K = METHODS[name], cfg.batch_size, cfg.group_size
+    row = dict(phase="sft") if name == "sft" else dict(phase="rl", method=name)  # of the log
+    method, B, K = METHODS[row.get("method", "nll")], cfg.batch_size, cfg.group_size
     peak_lr = cfg.lr if method.supervised else cfg.grpo_lr
     optimizer = Optimizer(policy.model, peak_lr, cfg.rl_steps * cfg.updates)
     uses = "rollouts", "negatives", "random gate"
     generators = {use: make_generator(cfg.seed, use, cfg.device) for use in uses}
     # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
-    order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, "order")).to(cfg.device)
-    parts, first = local_micro_batches(B, cfg.micro_batch_size), restore(optimizer, generators, name)
+    purpose = "sft" if name == "sft" else "order"
+    order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, purpose)).to(cfg.device)
+    parts = local_micro_batches(B, cfg.micro_batch_size)
+    first = restore(optimizer, generators, name)
 
     for step in progress(range(first, cfg.rl_steps), name):
-        batch, prefilled, admitted_rows = prompts.rows(order[step]), [], [()] * len(parts)  # nobody yet
+        batch, prefilled = prompts.rows(order[step]), []
         stats, must_be_finite = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -425,8 +398,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             items = policy.catalogue.item(rollouts)  # (B, K)
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
-            # Negatives of a prompt: the M rollouts of others with the smallest of its random keys. Where the
-            # prompt is in the batch twice, 1 is added to the keys of its own: they come last.
+            # Negatives of a prompt: the M rollouts of others with the smallest keys; its copies' come last.
             keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
             keys += order[step][:, None] == order[step].repeat_interleave(K)
             negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
@@ -443,11 +415,11 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
-            admitted_rows = [admitted[part].nonzero()[:, 0] for part in parts]  # waits for a GPU, once
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             must_be_finite = stats | {"reward of an item": scored}
 
         # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
+        admitted_rows = [admitted[part].nonzero()[:, 0] if method.admit else () for part in parts]
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
@@ -473,8 +445,15 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
         if method.admit:  # the mean ratio of the admitted; 1 if there are none
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
             stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
-        log(phase="rl", method=name, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
+        log(**row, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
         on_step(step + 1, optimizer, generators, name)
+
+
+def train_sft(policy, prompts, cfg, *callbacks, **more):
+    """Make the base policy: minimise the mean NLL of the next item (eq. 2), as the method nll does."""
+    cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
+                              rl_steps=cfg.sft_steps, updates=1)
+    train_rl(policy, None, prompts, cfg, "sft", *callbacks, **more)
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------
@@ -1047,7 +1026,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
 
 QUERY_TOKEN, START_TOKEN = "<next>", "<start>"
-KEYS_TO_IGNORE = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, BERT's other heads
+KEYS_TO_IGNORE = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, BERT's heads
 
 
 def tiny_policy(catalogue, cfg, width=64, layers=2):
@@ -1230,9 +1209,6 @@ def progress(steps, name):
 # What they gather is what one process would have: gate, negatives and metrics are of the whole batch.
 
 
-TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
-
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1310,6 +1286,7 @@ class Optimizer:
 # -- what a run writes ---------------------------------------------------------------------------------------
 
 
+TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
 TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
 
 
