@@ -943,7 +943,8 @@ def own_reward(cfg, names, history, item):
         if any(np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")) for x in parts.values()):
             raise ValueError("a masked array or complex numbers, which torch would read otherwise")
         # In float64: of large scores, such as times in seconds, float32 would make ties.
-        parts = {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in parts.items()}  # read-only
+        arrays = np.ndarray | list | tuple  # copied: some are read-only, and torch warns of lists of arrays
+        parts = {key: np.array(x, float) if isinstance(x, arrays) else x for key, x in parts.items()}
         parts = {key: torch.as_tensor(parts[key], dtype=torch.float64, device=item.device) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
@@ -1062,7 +1063,8 @@ def pretrained_policy(catalogue, cfg):
                                          "name, with config.json and safetensors")
     with in_one_line(what, remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
-    with in_one_line(f"{what}, a {config.model_type}", remedy):
+        what += f", a {config.model_type}"
+    with in_one_line(what, remedy):
         if config._attn_implementation not in (None, "sdpa", "eager"):
             raise ValueError(f"config.json asks for {config._attn_implementation}; say sdpa, to have masks")
         T = (cfg.max_history + 1) * catalogue.L + 1  # of start, history, query and L - 1 tokens
@@ -1072,7 +1074,7 @@ def pretrained_policy(catalogue, cfg):
         files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
         if "adapter_config.json" in files:
             raise ValueError("it holds an adapter; merge that into the model, and save it")
-        if not files or re.search("tokenizer|vocab", files):  # a folder without a tokenizer knows no word
+        if not files or re.search(r"tokenizer|vocab|tekken|\.model\b", files):  # without one it knows no word
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
@@ -1106,7 +1108,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
     size, S, L = len(tables[0]), catalogue.S, catalogue.L
     known = {word: row for word, row in known.items() if row is not None and row < size}
     words = [*catalogue.words, QUERY_TOKEN, *([START_TOKEN] if START_TOKEN in known else [])]
-    V, text = len(words), sorted(set(known.values())) or range(size)
+    V, text = len(words), sorted(set(known.values()))
+    text = text if len(text) > 1 else range(size)  # one row has no spread
 
     def around_the_mean(spread):
         noise = (torch.randn(V, *table.shape[1:], generator=generator) for table in tables)
@@ -1117,6 +1120,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
             table[places] = rows
 
     true, old = around_the_mean(0.1), {i: known[word] for i, word in enumerate(words) if word in known}
+    print_main(f"--model {cfg.model}: knows {len(old)} of the {V} words of the policy")
     for table, rows in zip(tables, true, strict=True):
         rows[[*old]] = table[[*old.values()]]
     for config in (model.config, model.config.get_text_config()):
@@ -1141,7 +1145,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
         plain.append(model(input_ids=ids, use_cache=False).logits[:, -L:, places].log_softmax(-1))
     plain = torch.stack(plain)  # (2, 2, L, V)
     model.resize_token_embeddings(V, mean_resizing=False)
-    model.get_input_embeddings().padding_idx = None
+    for table in (x for x in model.modules() if isinstance(x, nn.Embedding)):
+        table.padding_idx = None  # its row would get no gradient, but would in a resumed run
     fill(apart)
     policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
@@ -1404,10 +1409,13 @@ class Checkpoints:
             return {"tensor": str(len(tensors) - 1)}
 
         generators = {use: generator.get_state() for use, generator in generators.items()}
-        config, kinds = policy.model.config, ("attn_implementation", "experts_implementation")
+        config = policy.model.config
+        parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
+        kinds = {kind: {name: getattr(part, f"_{kind}", None) for name, part in parts.items()}
+                 for kind in ("attn_implementation", "experts_implementation")}  # which to_dict leaves out
         state = dict(phase=phase, step=step, origin=self.origin, rows=rows, generators=generators,
                      base=self.base, best=self.best, policy=weights(policy.model),
-                     model=config.to_dict() | {kind: getattr(config, f"_{kind}", None) for kind in kinds},
+                     model=config.to_dict() | kinds,
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1775,7 +1783,8 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
+        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                                and re.search("out of memory|allocate memory", text)):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
                     "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):

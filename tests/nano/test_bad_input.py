@@ -576,10 +576,12 @@ def test_of_several_processes_the_end_of_one_is_a_line_of_the_others(refused, mo
     assert "another process has stopped" in refused("--toy")
 
 
-def test_a_fault_of_the_script_itself_is_not_made_to_look_like_the_users(monkeypatch):
+@pytest.mark.parametrize("text", ["mat1 and mat2 shapes cannot be multiplied",
+                                  "CUDA error: an illegal memory access was encountered"])
+def test_a_fault_of_the_script_itself_is_not_made_to_look_like_the_users(monkeypatch, text):
     def run(cfg):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(nano, "run", run)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(RuntimeError, match=text):
         nano.main(["--toy"])

@@ -232,6 +232,39 @@ def test_a_folder_without_a_tokenizer_is_taken_and_knows_no_words(tmp_path):
     assert ((made - table.mean(0)) / table.std(0)).std() < 0.17
 
 
+def test_the_run_says_how_many_words_a_model_knows(tmp_path, capsys):
+    """Words that are spelt in another way would silently start anew."""
+    load(save_model(tmp_path / "some", words={"<s>": 3, "<unk>": 0, "<a_0>": 6, "<a_1>": 5, "<A_2>": 4}))
+    load(save_model(tmp_path / "none", words=()))
+    V = CATALOGUE.S + 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"--model {tmp_path / 'some'}: knows 3 of the {V + 1} words of the policy",
+        f"--model {tmp_path / 'none'}: knows 0 of the {V} words of the policy"]
+
+
+def test_a_tokenizer_of_a_single_known_word_is_taken(tmp_path, recwarn):
+    """One row has no spread."""
+    policy = load(save_model(tmp_path / "model", bos=False, words={"<unk>": 0}))
+    assert all(p.isfinite().all() for p in policy.model.parameters()) and not recwarn.list
+
+
+def test_a_tokenizer_in_any_file_is_read_or_refused(tmp_path, capsys):
+    """A folder without one knows no word; one whose tokenizer cannot be read is not taken for such a folder."""
+    for name in ("tekken.json", "spiece.model", "tokenizer.model", "vocab.txt"):
+        folder = save_model(tmp_path / name, words=())
+        (folder / name).write_text("x")
+        with pytest.raises(nano.UserError, match="--model"):
+            load(folder)
+
+
+def test_a_config_whose_part_for_text_is_none_is_one_line(tmp_path):
+    folder = save_model(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": {"hidden_size": 16}}))
+    with pytest.raises(nano.UserError, match=r"--model .*model_type.*; expected a decoder-only model"):
+        load(folder)
+
+
 def test_ids_beyond_the_table_and_gaps_between_them_do_no_harm(tmp_path):
     words = {"<s>": 3, "<unk>": 0, "<a_0>": 6, "<a_1>": 8, "<b_0>": 900}  # 8 rows: two words have none
     folder = save_model(tmp_path / "model", words=words)

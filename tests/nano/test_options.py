@@ -68,13 +68,16 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
 
 
 @pytest.mark.parametrize("text", ["item.numpy() * 0.1", "(item * 0.1).tolist()", "(item * 0.1).double()",
-                                  "(item * 0.1).requires_grad_()", "(item * 0.1).to(torch.bfloat16)"])
-def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text):
+                                  "(item * 0.1).requires_grad_()", "(item * 0.1).to(torch.bfloat16)",
+                                  "[(row * 0.1).numpy() for row in item]", "[row * 0.1 for row in item]",
+                                  "tuple(tuple(x * 0.1 for x in row) for row in item.tolist())"])
+def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text, recwarn):
     mine(f"def score(history, item):\n    return {text}\n")
     reward, item = own_reward("mine:score"), torch.tensor([[0, -1, 4], [8, 2, 3]])
     scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
     assert scores.dtype == torch.float64 and not scores.requires_grad
     torch.testing.assert_close(scores.float(), torch.tensor([[0, 0, 0.4], [0.8, 0.2, 0.3]]), rtol=0, atol=2e-3)
+    assert not recwarn.list
 
 
 def test_named_scores_are_summed_and_each_is_logged(mine, folder):
@@ -257,7 +260,7 @@ FAULTS = {
     "nothing": ("def score(history, item):\n    return {}\n", ["dict"]),
     "text": ("def score(history, item):\n    return 'high'\n", ["str"]),
     "a list of texts": ("def score(history, item):\n    return [['high']] * len(item)\n", ["str"]),
-    "a list with None": ("def score(history, item):\n    return [[None]] * len(item)\n", ["NoneType"]),
+    "a list with None": ("def score(history, item):\n    return [[None] * len(row) for row in item]\n", ["not finite"]),
     "one argument": ("def score(item):\n    return item * 1.0\n", ["TypeError", "score() takes 1 positional"]),
     "no function": ("def other(history, item):\n    return item\n", ["AttributeError", "score"]),
     "not a function": ("score = 3\n", ["TypeError", "not callable"]),

@@ -12,6 +12,7 @@ import pathlib
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -24,6 +25,9 @@ import nanoadagrpo as nano
 
 from .helpers import DEVICE, FAMILIES, logged, made, make_brief, refused, save_model
 from .shops import CODES, jsonl, minionerec
+
+sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / "benchmarks")]
+import families  # noqa: E402
 
 OPTIONS = ["--device", DEVICE, "--sft-steps", "5", "--sft-batch-size", "8", "--rl-steps", "5", "--batch-size", "4",
            "--group-size", "6", "--eval-prompts", "8", "--beam-width", "6", "--eval-every", "2", "--save-every", "2",
@@ -167,6 +171,19 @@ def test_a_model_goes_on_with_the_kind_of_products_that_its_folder_asks_for(fold
     stopped_after(monkeypatch, 11, lambda: begin("here", *options))
     resume("here")
     assert made(folder / "here") == made(folder / "whole") and {*asked} == {"eager"} and len(asked) == 3
+
+
+@pytest.mark.parametrize("family", ["roc_bert", "got_ocr2"])
+def test_a_model_of_several_parts_or_tables_goes_on_to_the_same_bits(folder, monkeypatch, family):
+    """roc_bert: further embeddings with a row for padding, which would learn only after the resume. got_ocr2: products
+    of attention by another kernel in its part for text."""
+    jsonl(folder / "shop")
+    families.make(family, folder / "model")
+    options = ["--model", "model", "--sft-lr", "1e-2"]
+    begin("whole", *options)
+    stopped_after(monkeypatch, 11, lambda: begin("here", *options))
+    resume("here")
+    assert made(folder / "here") == made(folder / "whole")
 
 
 def test_without_checkpoints_a_run_begins_again_says_so_and_comes_to_the_same(shop, monkeypatch, capsys):
