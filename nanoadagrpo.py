@@ -165,7 +165,8 @@ class Policy:
     """A Hugging Face causal language model whose vocabulary, cut in Part II, is Semantic IDs and little else.
 
     Its V words: 0 to S - 1 are the SID tokens of all levels, as the catalogue numbers them; S is the query
-    token, which ends each prompt; S + 1 is the start token, which begins it, if the model has one.
+    token, which ends each prompt; S + 1 is the start token, which begins it, if the model has one. A history
+    of two items is the prompt <start><a_1><b_7><c_3><a_4><b_0><c_9><next>; the answer is like <a_4><b_2><c_5>.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
