@@ -166,7 +166,7 @@ class Policy:
 
     Its V words: 0 to S - 1 are the SID tokens of all levels, as the catalogue numbers them; S is the query
     token, which ends each prompt; S + 1 is the start token, which begins it, if the model has one. A history
-    of two items is the prompt <start><a_1><b_7><c_3><a_4><b_0><c_9><next>; the answer is like <a_4><b_2><c_5>.
+    of two items is the prompt <start><a_1><b_7><c_3><a_4><b_0><c_9><next>, an answer <a_4><b_2><c_5>.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
@@ -429,16 +429,15 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
                 grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                loss = method.supervised * nll.sum() / B  # 0 in pure GRPO
                 if len(rows):  # only their rollouts are run again, now with a graph
                     cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all
                     tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
                     logp = sequence_logp(policy, cache, tokens)
-                    surrogate = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
-                    loss = loss + cfg.lam * surrogate.sum() / B  # by B, not by the number of admitted: eq. 5
-                    grpo[rows], ratio[rows] = surrogate.detach(), (logp.detach() - old).exp().mean((1, 2))
-                loss.backward()
-                terms.append(torch.stack([nll.detach(), grpo, ratio], 1))
+                    grpo = grpo.index_put((rows,), core.grpo_loss(logp, old, A, epsilon=cfg.epsilon))  # eq. 4
+                    ratio[rows] = (logp.detach() - old).exp().mean((1, 2))
+                loss = method.supervised * nll + cfg.lam * grpo  # eq. 5; c is who is admitted
+                (loss.sum() / B).backward()  # by B, not by the number of admitted
+                terms.append(torch.stack([nll, grpo, ratio], 1).detach())
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **must_be_finite, nll=nll, grpo=grpo)

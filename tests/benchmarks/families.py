@@ -9,6 +9,8 @@ fresh processes load the same numbers. The configuration is the family's own wit
 """
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -111,8 +113,9 @@ def make(name, folder):
 
 
 def load(folder):
-    return nano.pretrained_policy(CATALOGUE, nano.Settings(
-        model=str(folder), device="cpu", max_history=4, beam_width=W, group_size=6))
+    with contextlib.redirect_stdout(io.StringIO()):  # it says how many words the model knows
+        return nano.pretrained_policy(CATALOGUE, nano.Settings(
+            model=str(folder), device="cpu", max_history=4, beam_width=W, group_size=6))
 
 
 @torch.no_grad()
