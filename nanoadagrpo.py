@@ -1052,6 +1052,7 @@ def make_policy(model, catalogue, cfg):
     model.generation_config = transformers.GenerationConfig(max_new_tokens=catalogue.L)  # no inherited one
     for config in (model.config, model.config.get_text_config()):  # with them no saving, or another mask
         config.output_attentions = config.output_hidden_states = config.output_router_logits = False
+        config.pad_token_id = config.eos_token_id = None  # the row of a padding token would get no gradient
     return Policy(model, catalogue, cfg, tokenizer)
 
 
@@ -1125,7 +1126,6 @@ def cut_vocabulary(model, known, catalogue, cfg):
         rows[[*old]] = table[[*old.values()]]
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
-        config.pad_token_id = config.eos_token_id = None  # the row of a padding token would get no gradient
         config.bos_token_id = V - 1 if START_TOKEN in known else None
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
