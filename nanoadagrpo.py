@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """nanoadagrpo: AdaGRPO (arXiv 2606.08480) end to end, in one file to be read from top to bottom.
 
-A generative recommender is a language model that writes the next item as a Semantic ID (SID): L tokens, from
-coarse to fine. Reinforcement learning can teach it what a ranker knows, but a ranker that was trained on what
-was shown and clicked is sometimes wrong, and its scores do not say where. AdaGRPO trains every prompt with
-the true next item, and adds the policy gradient only where two tests pass. D: the policy ranks the true item
-low. R: the ranker ranks it high, and the negatives, which are rollouts of other prompts, low.
+A generative recommender is a language model that reads a user's history, the prompt, and writes the next item
+as a Semantic ID (SID): L tokens, coarse to fine. GRPO can teach it what a ranker knows (its scores are the
+rewards), but a ranker trained on what was shown and clicked is sometimes wrong, and its scores do not say
+where. AdaGRPO's loss is NLL(true item) + lambda * D * R * GRPO. D is 1 if the policy ranks the true item low
+among its rollouts, else 0; R, if the ranker ranks it high, and the negatives, other prompts' rollouts, low.
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
@@ -82,12 +82,9 @@ import adagrpo_core as core
 # == Part I: the method ======================================================================================
 # Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a
 # history, T tokens of a prompt, m branches of a tree that become n, W beams, S SID tokens of all levels,
-# V tokens that the policy knows, N items. An item is its row in `catalogue.tokens` (N, L), and
-# `catalogue.item` finds it by its tokens; -1 is none: left padding, or a hallucination.
-# From later parts: `Prompts` have `history` (B, H), `target` (B,) and `rows(index)`; `constrained` lets only
-# items be chosen; `make_generator`, one for each purpose; `batches`, the row numbers of each step;
-# `local_micro_batches`, this process's slices of a batch; `all_gather`, the rows of all processes;
-# `sum_gradients`, over all processes; `Optimizer.step` clips gradients, checks, steps, and clears them.
+# V tokens in the policy's vocabulary, N items. An item is its row number in `catalogue.tokens` (N, L), and
+# `catalogue.item` finds it by its tokens; -1 is none: left padding of a history, or a hallucination, L tokens
+# that are no item.
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -150,7 +147,7 @@ class Settings:
 
 
 class PromptCache(NamedTuple):
-    """Prompts that were run once; `tree_decode` and `sequence_logp` continue them."""
+    """What the model keeps of prompts; `tree_decode` and `sequence_logp` continue from it."""
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
@@ -164,13 +161,13 @@ class PromptCache(NamedTuple):
 class Policy:
     """A Hugging Face causal language model whose vocabulary, cut in Part II, is Semantic IDs and little else.
 
-    Its V words: 0 to S - 1 are the SID tokens of all levels, as the catalogue numbers them; S is the query
-    token, which ends each prompt; S + 1 is the start token, which begins it, if the model has one. A history
+    Its V token ids: 0 to S - 1 are the SID tokens of all levels, as the catalogue numbers them; S is <next>,
+    which ends each prompt (query token); S + 1 is <start>, which begins it, if the model has one. A history
     of two items is the prompt <start><a_1><b_7><c_3><a_4><b_0><c_9><next>, an answer <a_4><b_2><c_5>.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
-        self.model = model.to(cfg.device).eval()  # always: dropout would move eq. 4's ratio away from 1
+        self.model = model.to(cfg.device).eval()  # in training too: dropout would move eq. 4's ratio from 1
         self.catalogue, self.tokenizer = catalogue, tokenizer
         self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # or None
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
@@ -186,12 +183,12 @@ class Policy:
         KV cache, longer by n. Every pass is made here, by the model's own forward.
         """
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # The mask is added to the attention scores. Finite, also where a model casts it to float32: padding
-        # sees nothing, and a softmax of nothing but -inf is NaN.
+        # The mask is added to the attention scores. It stays finite even if a model casts it to float32:
+        # padding sees nothing, and the softmax of a row of -inf is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
-        # Only products are in bfloat16: bfloat16 weights would round small updates away.
+        # Weights stay in float32, matrix products are in bfloat16: bfloat16 weights lose small updates.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                                 logits_to_keep=keep, **{self.cache_name: cache}).logits
@@ -216,7 +213,7 @@ def prefill(policy, history, target=None):
     tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
     mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
     tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
-    if policy.start is not None:
+    if policy.start is not None:  # it stands before the padding, which is masked and has no position
         tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
     T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next
     if target is not None:
@@ -230,10 +227,10 @@ def prefill(policy, history, target=None):
     return cache, (None if target is None else next_logp.gather(-1, truth[..., None])[..., 0])
 
 
-# A tree grows level by level, as a function decides: tree_decode(policy, cache, beam(50)) is a beam search.
-# That function, select(prefix, next_logp, branch_logp), is given m branches' tokens so far (B, m, level),
-# log-probabilities of each next token (B, m, V), and those of the branches (B, m). It returns, for each of n
-# new branches, which old one it continues and by which token: two tensors (B, n).
+# `tree_decode` below grows a tree level by level. Which way is up to the function `select` that it is given:
+# with beam(50) it is a beam search. select(prefix, next_logp, branch_logp) gets m branches' tokens so far
+# (B, m, level), log-probabilities of each next token (B, m, V), and those of the branches (B, m). It returns
+# parent and token, both (B, n): which old branch each of n new ones extends, and by which token.
 
 
 def unbranched(prefix, n):
@@ -242,20 +239,20 @@ def unbranched(prefix, n):
 
 
 def teacher_forcing(tokens):
-    """Follow these Semantic IDs (B, n, L); Part II checks models with it."""
+    """Follow given Semantic IDs (B, n, L); only Part II uses it, to check models."""
     return lambda prefix, *_: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
 def sample(uniform):
-    """n independent samples, decided by uniform random numbers in [0, 1), (L, B, n).
+    """n independent samples, by inverse-CDF sampling from `uniform` (L, B, n), random numbers in [0, 1).
 
-    Inverse-CDF sampling: the first token whose cumulative probability exceeds the number. The numbers are
-    drawn for the whole batch, so that the samples do not depend on how it is split.
+    A number picks the first token whose cumulative probability exceeds it. The numbers are drawn for the
+    whole batch, so that the samples do not depend on how it is split over processes and micro-batches.
     """
 
     def select(prefix, next_logp, branch_logp):
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m), m = 1, then n
+        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m); m: 1, then n
         token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN finds none
         return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
@@ -268,7 +265,7 @@ def beam(width):
     def select(prefix, next_logp, branch_logp):
         total = (branch_logp[..., None] + next_logp).flatten(1)  # (B, m * V)
         best = total.topk(min(width, total.shape[1])).indices
-        return best // next_logp.shape[-1], best % next_logp.shape[-1]
+        return best // next_logp.shape[-1], best % next_logp.shape[-1]  # parent, token
 
     return select
 
@@ -280,7 +277,7 @@ def tree_decode(policy, cache, select):
 
     The m branches of a level are run as ONE sequence of m tokens, under an attention mask that shows each of
     them the prompt, its ancestors and itself: so the prompt is never repeated. If level 0 has two branches
-    and both of level 1 continue the first, these see of prompt | level 0 | level 1:
+    and both branches of level 1 continue the first, level 1 sees of prompt | level 0 | level 1:
 
         1 1 1 | 1 0 | 1 0
         1 1 1 | 1 0 | 0 1
@@ -290,8 +287,8 @@ def tree_decode(policy, cache, select):
     kv_cache, next_logp = cache.kv_cache, cache.next_logp  # (B, 1, V): the only branch is the prompt
     B, T = cache.mask.shape
     tokens, token_logp = next_logp.new_zeros(B, 1, 0, dtype=torch.long), next_logp.new_zeros(B, 1, 0)
-    ancestor_mask = cache.mask.new_zeros(B, 1, 0)  # which of the tree's tokens each branch may see
-    row = torch.arange(B, device=next_logp.device)[:, None]  # x[row, parent]: x of each new branch's parent
+    ancestor_mask = cache.mask.new_zeros(B, 1, 0)  # (B, m, tokens of the tree that were run)
+    row = torch.arange(B, device=next_logp.device)[:, None]  # x[row, parent] (B, n, ...): x of the parents
     for level in range(policy.catalogue.L):
         if level:  # run the last token of each branch; that of the prompt has been run
             m = tokens.shape[1]
@@ -308,10 +305,8 @@ def tree_decode(policy, cache, select):
 
 
 def sequence_logp(policy, cache, tokens):
-    """Log-probabilities (B, n, L) of these Semantic IDs, with gradient: as `teacher_forcing`, in one pass.
-
-    Known tokens need not wait for each other: all levels are run as one sequence of n * (L - 1) tokens.
-    """
+    """Log-probabilities (B, n, L) of known Semantic IDs, with gradient. Known tokens need not wait for each
+    other: all levels are run in one pass, as one sequence of n * (L - 1) tokens."""
     B, n, L = tokens.shape
     first = cache.next_logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
     if L == 1:
@@ -322,11 +317,14 @@ def sequence_logp(policy, cache, tokens):
     attention_mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
     positions = cache.mask.sum(1, keepdim=True) + torch.arange(depth, device=tokens.device).repeat(n)
     next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, cache.kv_cache)
-    others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:][..., None])[..., 0]
+    others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:, None])[..., 0]
     return torch.cat([first, others], -1)
 
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
+# From later parts: `constrained` lets `select` choose only items; `batches`, the row numbers of each step;
+# `local_micro_batches`, the slices of a batch that this process runs; `all_gather` joins the rows of all
+# processes; `reward_of` calls reward_fn and joins too; `Optimizer.step` clips, checks for NaN, steps, clears.
 
 
 class Method(NamedTuple):
@@ -335,7 +333,7 @@ class Method(NamedTuple):
 
 
 def random_gate(difficult, reliable, batch, generator):
-    """As many as AdaGRPO would admit of this batch, chosen at random."""
+    """Admits as many prompts of the batch as AdaGRPO would, but random ones."""
     admitted = core.sample_clip(difficult, reliable)
     return admitted[torch.randperm(len(admitted), generator=generator, device=admitted.device)]
 
@@ -355,51 +353,51 @@ def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch; this process runs the row slices `parts` of it.
 
     Returns tokens and log-probabilities (B, K, L) of the rollouts, log-probabilities (B, L) of the truth, and
-    [what prefill gave], with graph, for the first update; [] of several parts: one graph at a time is held.
+    for the first update a list of prefill's results, with graph: empty if there are several parts.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces = []
+    pieces, reuse = [], len(parts) == 1  # several graphs might not fit in memory
     for part in parts:
-        with torch.set_grad_enabled(len(parts) == 1):
+        with torch.set_grad_enabled(reuse):
             cache, target_logp = prefill(policy, batch.history[part], batch.target[part])
-        with torch.no_grad():  # the update builds a graph, for the admitted alone, often one in ten
+        with torch.no_grad():  # the update runs the admitted, often a tenth, again with graph
             select = constrained(sample(uniform[:, part]), policy.constraint)  # items only, if --constrained
             tokens, logp = tree_decode(policy, cache, select)
         pieces.append((tokens, logp, target_logp.detach()))
     rollouts, old_logp, all_target_logp = map(all_gather, zip(*pieces, strict=True))
-    return rollouts, old_logp, all_target_logp, [(cache, target_logp)] if len(parts) == 1 else []
+    return rollouts, old_logp, all_target_logp, [(cache, target_logp)] if reuse else []
 
 
 def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
     """Post-train `policy` in place by one of METHODS; reward_fn(history, item) scores items (B, n).
 
     log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
-    restore(optimizer, generators, name) brings back those of a stopped run; it returns the step to begin at.
+    restore(optimizer, generators, name) loads the state of a stopped run and returns the step to start at.
     """
     row = dict(phase="sft") if name == "sft" else dict(phase="rl", method=name)  # of the log
-    method, B, K = METHODS[row.get("method", "nll")], cfg.batch_size, cfg.group_size
+    method, B, K = METHODS["nll" if name == "sft" else name], cfg.batch_size, cfg.group_size
     peak_lr = cfg.lr if method.supervised else cfg.grpo_lr
     optimizer = Optimizer(policy.model, peak_lr, cfg.rl_steps * cfg.updates)
-    uses = "rollouts", "negatives", "random gate"
-    generators = {use: make_generator(cfg.seed, use, cfg.device) for use in uses}
+    purposes = "rollouts", "negatives", "random gate"
+    generators = {purpose: make_generator(cfg.seed, purpose, cfg.device) for purpose in purposes}
     # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
     purpose = "sft" if name == "sft" else "order"
     order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, purpose)).to(cfg.device)
     parts = local_micro_batches(B, cfg.micro_batch_size)
-    first = restore(optimizer, generators, name)
+    first_step = restore(optimizer, generators, name)
 
-    for step in progress(range(first, cfg.rl_steps), name):
+    for step in progress(range(first_step, cfg.rl_steps), name):
         batch, prefilled = prompts.rows(order[step]), []
         stats, must_be_finite = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
             rollouts, old_logp, target_logp, prefilled = rollout(policy, batch, parts, K, generator)
-            items = policy.catalogue.item(rollouts)  # (B, K)
+            items = policy.catalogue.item(rollouts)  # (B, K), -1 for a hallucination
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
-            # Negatives of a prompt: the M rollouts of others with the smallest keys; its copies' come last.
+            # Negatives: M random rollouts of other prompts. A copy of the prompt gets keys >= 1: last.
             keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
             keys += order[step][:, None] == order[step].repeat_interleave(K)
             negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
@@ -407,8 +405,9 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             scored, stats = reward_of(reward_fn, batch.history, pool, parts)
             rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
 
-            # -- judge: is it difficult for the policy (eq. 7), can the ranker tell (eq. 9)? -----------------
-            target_mean = core.length_normalized(target_logp)  # (B,)
+            # -- judge: D, is the truth's rank by the policy beyond tau * K (eq. 7)? R, is its rank by the
+            # ranker within tau * K, and that of every negative beyond (1 - rho) * K (eq. 9)? ---------------
+            target_mean = core.length_normalized(target_logp)  # (B,), mean log-probability per token
             # A rollout that repeats the truth has to tie with it, and two passes may round differently.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
@@ -424,7 +423,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
         for _ in range(cfg.updates):
             terms = []
             for part, rows in zip(parts, admitted_rows, strict=True):
-                # The first update uses what rollout() ran with a graph, if there is one part.
+                # The first update goes on from rollout()'s prefill and its graph, if there is one part.
                 cache, target_logp = prefilled.pop() if prefilled else prefill(
                     policy, batch.history[part], batch.target[part])
                 nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
@@ -433,10 +432,10 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
                     cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all
                     tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
                     logp = sequence_logp(policy, cache, tokens)
-                    grpo = grpo.index_put((rows,), core.grpo_loss(logp, old, A, epsilon=cfg.epsilon))  # eq. 4
+                    grpo[rows] = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
                     ratio[rows] = (logp.detach() - old).exp().mean((1, 2))
-                loss = method.supervised * nll + cfg.lam * grpo  # eq. 5; c is who is admitted
-                (loss.sum() / B).backward()  # by B, not by the number of admitted
+                loss = method.supervised * nll + cfg.lam * grpo  # eq. 5: grpo is 0 if not admitted (c = 0)
+                (loss.sum() / B).backward()  # a mean over the batch, not over the admitted
                 terms.append(torch.stack([nll, grpo, ratio], 1).detach())
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
@@ -450,7 +449,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
 
 def train_sft(policy, prompts, cfg, *callbacks, **more):
-    """Make the base policy: minimise the mean NLL of the next item (eq. 2), as the method nll does."""
+    """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
                               rl_steps=cfg.sft_steps, updates=1)
     train_rl(policy, None, prompts, cfg, "sft", *callbacks, **more)
@@ -461,14 +460,14 @@ def train_sft(policy, prompts, cfg, *callbacks, **more):
 
 @torch.no_grad()
 def evaluate(policy, ranker, prompts, cfg):
-    """Beam search on every prompt, and 8 samples. Returns the metrics, all means; and of each prompt their
-    terms, its beams (`item`; `logp`, the mean per token) and the truth's rank among the valid ones."""
+    """Beam search and 8 samples for every prompt. Returns the mean of each metric; and, per prompt, metrics,
+    beams (`item`; `logp`, the mean per token), and the rank of the truth among the valid beams."""
     n, pieces, generator = len(prompts.target), [], make_generator(cfg.seed, "evaluation", cfg.device)
     search = constrained(beam(cfg.beam_width), policy.constraint, distinct=True)
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)  # repeats, cut below
+        rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)  # [:n] cuts repeats
         batch = prompts.rows(rows)
         cache, _ = prefill(policy, batch.history)
         beams, logp = tree_decode(policy, cache, search)
@@ -482,7 +481,7 @@ def evaluate(policy, ranker, prompts, cfg):
         terms = {f"hr@{k}": target_rank <= k for k in cutoffs}
         if 10 in cutoffs:
             terms["ndcg@10"] = torch.where(target_rank <= 10, 1 / torch.log2(1.0 + target_rank), 0.0)
-        for head, p in ranker.probabilities(batch.history, item).items():  # 0 for what is no item
+        for head, p in ranker.probabilities(batch.history, item).items():  # click, order; 0 for no item
             terms |= {f"{head}_reward@{k}": (p * (rank <= k)).amax(1) for k in cutoffs}
         terms["hallucination"] = 1 - (item >= 0).float().mean(1)
         terms["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
