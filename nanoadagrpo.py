@@ -60,10 +60,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the imports below take seconds
+if __name__ == "__main__":  # the imports below take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then, Ctrl-C ends without a traceback
-    with contextlib.suppress(OSError):  # a full disk is reported by `main`
-        print("nanoadagrpo: loading torch and transformers", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # a full disk is reported by `main`
+            print("nanoadagrpo: loading torch and transformers", flush=True)
 
 import numpy as np
 import torch
@@ -934,8 +935,6 @@ def own_reward(cfg, names, history, item):
         if (torch.get_default_dtype(), torch.get_default_device().type) != (torch.float32, "cpu"):
             torch.set_default_dtype(torch.float32), torch.set_default_device(None)
             raise ValueError("it changes torch's default dtype or device; name them where tensors are made")
-        if not names and differs(sorted(parts), item.device):  # all processes make their first call together
-            raise ValueError(f"parts {sorted(parts)}, and others in another process")
         names[:] = names or sorted(parts)
         if names != sorted(parts):
             raise ValueError(f"parts {sorted(parts)} instead of {names}")
@@ -1003,8 +1002,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     pool = torch.cat([item, prompts.target[:, None], negatives], 1)  # (n, W + 1 + M)
     parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
     first = torch.cat([first_copy(x) for _, x in parts])
-    by_ranker = torch.cat([sum(named(reward(part.history, x)).values()) for part, x in parts])
-    by_ranker = by_ranker.gather(1, first)
+    by_ranker = torch.cat([sum(named(reward(y.history, x)).values()) for y, x in parts]).gather(1, first)
     by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
     target_logp = torch.cat([prefill(policy, x.history, x.target)[1] for x, _ in parts])
     target_logp = core.length_normalized(target_logp)
@@ -1505,7 +1503,9 @@ def run(cfg):
     reward = functools.partial(own_reward, cfg, []) if cfg.reward else None
     if reward:  # about two rows, so that its faults show before the supervised steps
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)  # an item, and no item
-        reward_of(reward, data.rl.history[:2], one_and_none, [slice(0, 2)])
+        parts = sorted(named(reward(data.rl.history[:2], one_and_none)))
+        if differs(parts, cfg.device):
+            raise UserError(f"--reward {cfg.reward}: parts {parts}, and others in another process")
     begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))  # the policy is there
     # Before the folder is made: what is refused leaves none behind.
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
@@ -1514,6 +1514,8 @@ def run(cfg):
     with locked(out, rows):
         checkpoints = Checkpoints(out, cfg, data.catalogue, origin)
         policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
+        if differs((policy.model.config.to_dict(), rows), cfg.device):
+            raise UserError("the processes have different models or checkpoints; give all of them the same")
         broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
@@ -1633,6 +1635,7 @@ def make_folder(cfg):
 @contextlib.contextmanager
 def locked(out, rows):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
+    again = f"--resume {shlex.quote(str(out))}"
     with open(out / "config.json" if rank() == 0 else os.devnull) as file:
         try:
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
@@ -1640,16 +1643,16 @@ def locked(out, rows):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError:
-            raise UserError(f"--resume {out}: another process runs it; wait for it, or stop it") from None
+            raise UserError(f"{again}: another process runs it; wait for it, or stop it") from None
         except KeyboardInterrupt:
             last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
             after = f"{last.get('method', 'sft')}, step {last['step']}"
             how = "go on" if any(out.glob("checkpoint-*")) else "no checkpoint yet, begin again"
-            raise KeyboardInterrupt(f"stopped after {after}; {how} with --resume {out}") from None
+            raise KeyboardInterrupt(f"stopped after {after}; {how} with {again}") from None
         except UserError as error:  # of the user's own code, perhaps, which can be mended
-            raise UserError(f"{error}" + f"; the run so far: --resume {out}" * bool(rows)) from None
+            raise UserError(f"{error}" + f"; the run so far: {again}" * bool(rows)) from None
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{first_line(error)}; mend that, and go on with --resume {out}") from None
+            raise UserError(f"{first_line(error)}; mend that, and go on with {again}") from None
 
 
 # -- the command line ----------------------------------------------------------------------------------------

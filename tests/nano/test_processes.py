@@ -323,6 +323,34 @@ def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(m
     line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
     assert line == "nanoadagrpo: the processes were given different data or flags; give all of them the same"
     assert not (tmp_path / "here").exists()
+    monkeypatch.setattr(nano, "all_gather", both)
+    monkeypatch.setattr(nano, "differs", lambda value, device: isinstance(value, tuple))  # model and rows so far
+    line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
+    assert "the processes have different models or checkpoints; give all of them the same" in line
+
+
+def test_a_reward_that_fails_in_another_process_alone_is_not_told_as_this_ones_fault(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "two_scores.py").write_text(TWO_SCORES)
+    jsonl(tmp_path / "shop")
+
+    def differs(value, device):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34448")
+
+    monkeypatch.setattr(nano, "differs", differs)
+    line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
+    assert line.startswith("nanoadagrpo: another process has stopped") and not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_while_the_script_loads_ends_without_a_traceback(rank, tmp_path):
+    """Also in the other processes. A module that stands in for NumPy's holds the loading up."""
+    (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "RANK": rank}
+    done = subprocess.run([sys.executable, nano.__file__, "--toy"], env=environment, cwd=tmp_path, capture_output=True,
+                          text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):

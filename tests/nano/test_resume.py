@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -509,6 +510,17 @@ def test_a_file_in_the_place_of_the_policy_loses_nothing(shop, here, capsys):
     (here / "policy").unlink()
     resume("here")
     assert made(here) == made(shop / "whole")
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$HOME", "[x]*"])
+def test_what_a_message_says_to_go_on_with_can_be_pasted_into_a_shell(shop, monkeypatch, capsys, name):
+    with at_line(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        line = refused(capsys, lambda: begin(name), code=130)
+    assert shlex.split(line[line.index("--resume") :]) == ["--resume", name]
+    with failing(monkeypatch, nano, "save_file", FULL, 1):
+        line = refused(capsys, lambda: resume(name))
+    assert shlex.split(line[line.index("--resume") :]) == ["--resume", name]
+    resume(name)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
