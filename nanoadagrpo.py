@@ -940,10 +940,14 @@ def own_reward(cfg, names, history, item):
             raise ValueError(f"parts {sorted(parts)} instead of {names}")
         if any(np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")) for x in parts.values()):
             raise ValueError("a masked array or complex numbers, which torch would read otherwise")
-        # In float64: of large scores, such as times in seconds, float32 would make ties.
-        arrays = np.ndarray | list | tuple  # copied: some are read-only, and torch warns of lists of arrays
-        parts = {key: np.array(x, float) if isinstance(x, arrays) else x for key, x in parts.items()}
-        parts = {key: torch.as_tensor(parts[key], dtype=torch.float64, device=item.device) for key in names}
+
+        def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
+            if isinstance(x, list | tuple) and any(hasattr(row, "shape") for row in x):
+                return torch.stack([*map(numbers, x)])  # torch takes no list of tensors
+            x = x.copy() if isinstance(x, np.ndarray) else x  # it may be read-only
+            return torch.as_tensor(x, dtype=torch.float64, device=item.device)
+
+        parts = {key: numbers(parts[key]) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
         if not all(x[item >= 0].float().isfinite().all() for x in parts.values()):
@@ -1187,6 +1191,10 @@ def in_one_line(what, remedy=""):
         raise UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy)) from None
 
 
+TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
+TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
+
+
 def make_generator(seed, purpose, device="cpu"):
     """A generator for each purpose: drawing more in one place changes nothing anywhere else."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
@@ -1286,10 +1294,6 @@ class Optimizer:
 
 
 # -- what a run writes ---------------------------------------------------------------------------------------
-
-
-TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
-TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
 
 
 def make_tracker(out, cfg):
@@ -1506,16 +1510,16 @@ def run(cfg):
         parts = sorted(named(reward(data.rl.history[:2], one_and_none)))
         if differs(parts, cfg.device):
             raise UserError(f"--reward {cfg.reward}: parts {parts}, and others in another process")
-    begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))  # the policy is there
-    # Before the folder is made: what is refused leaves none behind.
+    begun = [x.name for x in Path(cfg.resume).glob("checkpoint-*.safetensors")] if cfg.resume else []
+    # Before the folder is made: what is refused leaves none behind. A checkpoint holds the policy.
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
     origin = origin_of(cfg, data)
+    if differs((sorted(begun), policy and policy.model.config.to_dict()), cfg.device):
+        raise UserError("the processes have different models or checkpoints; give all of them the same")
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
         checkpoints = Checkpoints(out, cfg, data.catalogue, origin)
         policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
-        if differs((policy.model.config.to_dict(), rows), cfg.device):
-            raise UserError("the processes have different models or checkpoints; give all of them the same")
         broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")

@@ -4,8 +4,8 @@
     python docs/figures/dynamics.py RUN      # writes RUN/dynamics.png, also while it runs; needs matplotlib
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +41,13 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1:
-        raise SystemExit(__doc__.strip())
-    out = Path(argv[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="folder that nanoadagrpo.py wrote")
+    out = parser.parse_args(argv).run
     try:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
-        raise SystemExit(f"{error.filename}: {error.strerror}; name one folder that nanoadagrpo.py wrote") from None
+        parser.error(f"{error.filename}: {error.strerror}; name one folder that nanoadagrpo.py wrote")
     draw(rows, out / "dynamics.png")
     print(out / "dynamics.png")
 

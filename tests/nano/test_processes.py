@@ -327,6 +327,7 @@ def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(m
     monkeypatch.setattr(nano, "differs", lambda value, device: isinstance(value, tuple))  # model and rows so far
     line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
     assert "the processes have different models or checkpoints; give all of them the same" in line
+    assert not (tmp_path / "here").exists()
 
 
 def test_a_reward_that_fails_in_another_process_alone_is_not_told_as_this_ones_fault(monkeypatch, capsys, tmp_path):
