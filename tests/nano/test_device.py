@@ -211,6 +211,8 @@ def pretended():
         patch.setattr(torch, "autocast", on_cuda)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # asks the driver
+            patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)

@@ -219,7 +219,8 @@ def together(tmp_path_factory):
 
 def by_torchrun(n, *words, cwd):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, REPOSITORY, str(cwd)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               f"--nproc_per_node={n}", *words]  # the machine's own name may have no address
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done

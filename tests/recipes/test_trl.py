@@ -17,7 +17,8 @@ K, RHO = 5, 0.5
 
 def step(folder, processes, rows, accumulation):
     """One optimizer step in fresh processes. Returns the noted arrays, rows of all processes in order."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={processes}"]
+    launch = launch if processes > 1 else []
     command = [sys.executable, *launch, str(HERE / "trl_worker.py"), str(folder), str(rows), str(accumulation)]
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
