@@ -2,7 +2,9 @@
 """docs/recommend.md: its blocks, played one after the other, find the likeliest items, for one user and for a file."""
 
 import json
+import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def likelihoods(names, words):
     """{item: log-probability} after a prompt in words, in one plain pass over all items."""
     items = torch.tensor([names["tokenizer"].convert_tokens_to_ids(sid) for sid in names["sids"].values()])
     prompt = names["tokenizer"]([words], return_tensors="pt").input_ids.expand(len(items), -1)
-    logp = names["model"](torch.cat([prompt, items], 1)).logits[:, -4:-1].log_softmax(-1)
+    logp = names["model"](torch.cat([prompt, items], 1)).logits[:, -items.shape[1] - 1 : -1].log_softmax(-1)
     return dict(zip(names["sids"], logp.gather(-1, items[..., None]).sum((1, 2)).tolist(), strict=True))
 
 
@@ -81,6 +83,30 @@ def test_the_batch_changes_nothing_and_fewer_beams_give_fewer_items(played, monk
         assert one["items"] == row["items"] and one["scores"] == pytest.approx(row["scores"], abs=1e-4)
     names["recommend"]("users.jsonl", "few.jsonl", n=2, beams=4)
     assert [len(row["items"]) for row in written(folder, "few.jsonl")][:4] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("like", [
+    lambda i: [i % 2, i % 3, i % 5, i], lambda i: [f"<{i % 2}>", f"<{i}>"], lambda i: [i]], ids=["four", "twice", "one"])
+def test_a_dictionary_of_any_tokens_and_length_is_spelt_as_the_policy_spells_it(like, tmp_path, monkeypatch):
+    """The words that stand on two levels among them; with the page's own lines in place of the one for index.json."""
+    monkeypatch.chdir(tmp_path)
+    sids, names = {str(i): like(i) for i in range(12)}, {}
+    history = [{"history": [sids["7"], sids["3"]], "target": sids[str(i)]} for i in range(8)]
+    Path("shop").mkdir()
+    Path("shop/catalogue.json").write_text(json.dumps(sids))
+    for name in ("train", "valid", "test"):
+        Path(f"shop/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    nano.main(shlex.split("--data shop --out runs/mine") + SMALL)
+    [lines] = [x for x in re.findall(r"(?:^    .*\n)+", PAGE.split("```")[2], flags=re.M) if "catalogue.json" in x]
+    read = next(line for line in SOME.splitlines() if line.startswith("sids = "))
+    code = SOME.replace(read, textwrap.dedent(lines))
+    spell = "".join(f"<{chr(97 + level)}_{token}>" for level, token in enumerate(sids["7"]))
+    exec(re.sub(r"(?m)^bought = .*$", f"bought = [{spell!r}]", code), names)
+    likely = likelihoods(names, spell)
+    assert len(set(likely.values())) > 1 and names["L"] == len(like(0))
+    by_words = {tuple(sid): name for name, sid in names["sids"].items()}
+    found = [by_words[tuple(names["tokenizer"].convert_ids_to_tokens(x))] for x in names["valid"][:, -names["L"]:]]
+    assert len(set(found)) == 5 and (len(like(0)) > 1 or found == sorted(likely, key=likely.get, reverse=True)[:5])
 
 
 def test_its_beams_and_scores_are_those_of_the_evaluation(played):
