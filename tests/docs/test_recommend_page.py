@@ -85,8 +85,8 @@ def test_the_batch_changes_nothing_and_fewer_beams_give_fewer_items(played, monk
     assert [len(row["items"]) for row in written(folder, "few.jsonl")][:4] == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("like", [
-    lambda i: [i % 2, i % 3, i % 5, i], lambda i: [f"<{i % 2}>", f"<{i}>"], lambda i: [i]], ids=["four", "twice", "one"])
+@pytest.mark.parametrize("like", [lambda i: [i % 2, i % 3, i % 5, i], lambda i: [f"<{i % 2}>", f"<{i}>"],
+                                  lambda i: [i]], ids=["four", "twice", "one"])
 def test_a_dictionary_of_any_tokens_and_length_is_spelt_as_the_policy_spells_it(like, tmp_path, monkeypatch):
     """The words that stand on two levels among them; with the page's own lines in place of the one for index.json."""
     monkeypatch.chdir(tmp_path)
