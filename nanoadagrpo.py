@@ -1122,7 +1122,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
             table[places] = rows
 
     true, old = around_the_mean(0.1), {i: known[word] for i, word in enumerate(words) if word in known}
-    print_main(f"--model {cfg.model}: knows {len(old)} of the {V} words of the policy")
+    print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
     for table, rows in zip(tables, true, strict=True):
         rows[[*old]] = table[[*old.values()]]
     for config in (model.config, model.config.get_text_config()):

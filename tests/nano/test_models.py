@@ -232,14 +232,13 @@ def test_a_folder_without_a_tokenizer_is_taken_and_knows_no_words(tmp_path):
     assert ((made - table.mean(0)) / table.std(0)).std() < 0.17
 
 
-def test_the_run_says_how_many_words_a_model_knows(tmp_path, capsys):
+def test_the_run_says_how_many_sid_tokens_a_model_knows(tmp_path, capsys):
     """Words that are spelt in another way would silently start anew."""
     load(save_model(tmp_path / "some", words={"<s>": 3, "<unk>": 0, "<a_0>": 6, "<a_1>": 5, "<A_2>": 4}))
     load(save_model(tmp_path / "none", words=()))
-    V = CATALOGUE.S + 1
-    assert capsys.readouterr().out.splitlines() == [
-        f"--model {tmp_path / 'some'}: knows 3 of the {V + 1} words of the policy",
-        f"--model {tmp_path / 'none'}: knows 0 of the {V} words of the policy"]
+    assert capsys.readouterr().out.splitlines() == [  # <start> is no SID token
+        f"--model {tmp_path / 'some'}: knows 2 of the {CATALOGUE.S} SID tokens",
+        f"--model {tmp_path / 'none'}: knows 0 of the {CATALOGUE.S} SID tokens"]
 
 
 def test_a_tokenizer_of_a_single_known_word_is_taken(tmp_path, recwarn):
