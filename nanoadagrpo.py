@@ -598,7 +598,8 @@ def load_data(folder, cfg):
     folder, device = Path(folder), cfg.device
     source = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if not source:
-        raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md")
+        raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md"
+                        + "; if the data have moved, name them by --data" * bool(cfg.resume))
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
     others = [other for other, _ in LAYOUTS.values() if other != ending]
     for path in (folder / f"{name}{other}" for name in ("rl", "log") for other in others):
@@ -656,7 +657,7 @@ def read_catalogue(path):
         kinds, first = [*map(type, sid)] if isinstance(sid, list) else [], [*next(iter(sids), like)]
         if (not kinds or not {*kinds} <= {int, str} or (sids and kinds != [*map(type, first)])
                 or any(code in (QUERY_TOKEN, START_TOKEN) or not str(code).isprintable()
-                       or re.search("><._", str(code)) for code in sid)  # which would be read as two words
+                       or re.search(r"><(._|(next|start)\b)", str(code)) for code in sid)  # two words in one
                 or (path.name == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid))):
             raise UserError(f"{path}, item {name!s:.40}: got {sid!r:.80}; expected a list of tokens such as "
                             f"{first!r:.60}, the same number of tokens of the same sort in each; rename "
@@ -921,6 +922,7 @@ def make_reward(ranker, cfg):
     return reward
 
 
+@torch.no_grad()  # if it turns gradients off, that ends here
 def own_reward(cfg, names, history, item):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up.
 
@@ -1081,7 +1083,7 @@ def pretrained_policy(catalogue, cfg):
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True)
+            output_loading_info=True, ignore_mismatched_sizes=True, return_dict=True)
         wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]),
                  *(name for name in found["unexpected_keys"] if not re.search(KEYS_TO_IGNORE, name)),
                  *(name for name, p in model.named_parameters() if not p.isfinite().all())]
@@ -1122,7 +1124,6 @@ def cut_vocabulary(model, known, catalogue, cfg):
             table[places] = rows
 
     true, old = around_the_mean(0.1), {i: known[word] for i, word in enumerate(words) if word in known}
-    print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
     for table, rows in zip(tables, true, strict=True):
         rows[[*old]] = table[[*old.values()]]
     for config in (model.config, model.config.get_text_config()):
@@ -1161,6 +1162,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     fill(true)
     with in_one_line("it would not load again from what is saved of it"), torch.device("meta"):
         model_of(model.config.to_dict()).load_state_dict(model.state_dict(), assign=True)
+    print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
     return Policy(model, catalogue, cfg, policy.tokenizer)
 
 
@@ -1182,13 +1184,19 @@ def first_line(error):
     return type(error).__name__
 
 
+def out_of_memory(error):
+    said = isinstance(error, RuntimeError | OSError) and str(error)
+    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", said or "")
+
+
 @contextlib.contextmanager
 def in_one_line(what, remedy=""):
     """Whatever goes wrong inside is told in one line: what it was about, the error, and the remedy."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy)) from None
+        told = UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy))
+        raise (error if out_of_memory(error) else told) from None  # of memory, `main` says what helps
 
 
 TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
@@ -1370,7 +1378,7 @@ class Checkpoints:
                 # Copies: where a tensor begins in the file's memory can decide a product's last digit.
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
-                    tensors[x["tensor"]] if "tensor" in x else x))
+                    tensors[x["<tensor>"]] if "<tensor>" in x else x))
                 parts = "base", "best", "policy", "generators", "adamw", "schedule"
                 kinds = dict(phase=str, step=int, rows=list) | dict.fromkeys(parts, dict)
                 wrong = [key for key, kind in kinds.items() if type(self.state[key]) is not kind]
@@ -1407,7 +1415,7 @@ class Checkpoints:
 
         def number(tensor):
             tensors[str(len(tensors))] = tensor
-            return {"tensor": str(len(tensors) - 1)}
+            return {"<tensor>": str(len(tensors) - 1)}
 
         generators = {use: generator.get_state() for use, generator in generators.items()}
         config = policy.model.config
@@ -1523,7 +1531,10 @@ def run(cfg):
         broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
-        return train_all(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
+        results, about = train_all(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
+    print_main(f"\n{table(results, ON_SCREEN)}\n\n{about}\n{out}: policy, and a report with all columns "
+               "(their definitions: docs/metrics.md)")
+    return results
 
 
 def train_all(policy, reward, data, cfg, log, checkpoints):
@@ -1584,19 +1595,18 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
     results = {row["method"]: numbers(row) for row in rows if row["phase"] == "test"}
+    tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
+    about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
+    about += f"{cfg.device}, {torch.get_num_threads()} threads"
     if rank() == 0:
         if not names:
             policy.save(out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
-        tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-        about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
-        about += f"{cfg.device}, {torch.get_num_threads()} threads"
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
-        for path in (*checkpoints.files(), *out.rglob(".tmp*")):  # the run is complete
+        killed = [x for x in out.rglob(".tmp??????") if x.name[4:].isalnum() and x.is_file()]
+        for path in (*checkpoints.files(), *killed):  # the run is complete
             path.unlink()  # the latter are safetensors' own, of a run that was killed
-        print(f"\n{table(results, ON_SCREEN)}\n\n{about}\n{out}: policy, and a report with all columns "
-              "(their definitions: docs/metrics.md)")
-    return results
+    return results, about
 
 
 def write_report(out, cfg, results, about, influence):
@@ -1636,6 +1646,11 @@ def make_folder(cfg):
                     parent.rmdir()
 
 
+def refuse_complete(out):
+    if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
+        raise UserError(f"--resume {out}: this run is complete, see its report.md")
+
+
 @contextlib.contextmanager
 def locked(out, rows):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
@@ -1645,14 +1660,14 @@ def locked(out, rows):
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refuse_complete(out)  # the process that had the lock may have ended it meanwhile
             yield
         except BlockingIOError:
             raise UserError(f"{again}: another process runs it; wait for it, or stop it") from None
         except KeyboardInterrupt:
-            last = [dict(step=0), *(row for row in rows if "lr" in row)][-1]
-            after = f"{last.get('method', 'sft')}, step {last['step']}"
+            last = [f" after {row.get('method', 'sft')}, step {row['step']}" for row in rows if "lr" in row]
             how = "go on" if any(out.glob("checkpoint-*")) else "no checkpoint yet, begin again"
-            raise KeyboardInterrupt(f"stopped after {after}; {how} with {again}") from None
+            raise KeyboardInterrupt(f"stopped{''.join(last[-1:])}; {how} with {again}") from None
         except UserError as error:  # of the user's own code, perhaps, which can be mended
             raise UserError(f"{error}" + f"; the run so far: {again}" * bool(rows)) from None
         except (OSError, SafetensorError) as error:
@@ -1693,7 +1708,6 @@ def check_settings(cfg):
     with in_one_line(f"--tau {cfg.tau:g} --rho {cfg.rho:g} --epsilon {cfg.epsilon:g} --group-size {K} "
                      f"--batch-size {B} --negatives {M}"):
         one = np.zeros((1, K))
-        core.group_advantages(one)
         core.reliability(one[:, 0], one, one[:, : min(M, 1)], **cfg.tau_rho_ties())
         core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
         if M > (B - 1) * K:
@@ -1735,8 +1749,7 @@ def parse(argv):
         free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
         if changed := [to_flag(name) for name in saved if given[name] != saved[name] and name not in free]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
-        if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
-            raise UserError(f"--resume {out}: this run is complete, see its report.md")
+        refuse_complete(out)
     cfg = Settings(**given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
@@ -1789,8 +1802,7 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
-                                                and re.search("out of memory|allocate memory", text)):
+        elif out_of_memory(error):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
                     "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):

@@ -128,7 +128,7 @@ def forged(draw, out):
     if how == 0:
         del state[key]
     elif how == 1:
-        state[key] = draw.choice([None, 0, -1, "x", [], {}, 1e9, [{}], {"tensor": "99"}])
+        state[key] = draw.choice([None, 0, -1, "x", [], {}, 1e9, [{}], {"<tensor>": "99"}])
     elif how == 2:
         del tensors[draw.choice(sorted(tensors.keys() - {"state"}))]
     elif how == 3:

@@ -102,7 +102,7 @@ class Reading:
                 raise Bad(file, "tokens of various sorts")
             if any(isinstance(x, str) and (x in RESERVED or not x.isprintable()) for x in sid):
                 raise Bad(file, "reserved, or not printable")
-            if any(re.search("><._", str(x)) for x in sid):
+            if any(re.search(r"><(._|(next|start)\b)", str(x)) for x in sid):
                 raise Bad(file, "a token that would be two words")
             if file == "index.json" and not all(re.fullmatch("<[^<>]+>", str(x)) for x in sid):
                 raise Bad(file, "a token that a cell could not hold")

@@ -13,7 +13,7 @@ import torch
 
 import nanoadagrpo as nano
 
-from .helpers import DEVICE, QUICK
+from .helpers import DEVICE, QUICK, save_model
 from .shops import CODES, COLUMNS, TRAIN, csv_row, jsonl, jsonl_row, minionerec, write_csv
 
 
@@ -284,6 +284,8 @@ DEEP = 100_000
         (r'[["\u001b[31m", "b"]]', ["item 0", r"\x1b", "rename"]),
         (r'[["two\nlines", "b"]]', ["item 0", r"\n", "rename"]),
         ('[["1", "2"], ["1><b_2", "2"]]', ["item 1", "1><b_2", "rename"]),
+        ('[["1"], ["1><next"]]', ["item 1", "1><next", "rename"]),
+        ('[["1"], ["1><start>2"]]', ["item 1", "1><start>2", "rename"]),
         (r'[["two\u2028lines", "b"]]', ["item 0", r"\u2028", "rename"]),
         ('{"' + "x" * 5000 + r'\u001b\n": 5}', ["item xxx", "expected a list of tokens"]),
         (json.dumps([["x" * 5000], 5]), ["item 1", "expected a list of tokens"]),
@@ -564,6 +566,25 @@ def test_too_little_memory_is_one_line_that_names_the_flags(refused, monkeypatch
     monkeypatch.setattr(nano, "run", run)
     line = refused("--toy")
     assert "out of memory; begin a new run with lower" in line and "--micro-batch-size" in line
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("std::bad_alloc"), OSError("Cannot allocate memory (os error 12)"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where, what", [
+    (pathlib.Path, "read_text"), (json, "loads"), (nano.AutoConfig, "from_pretrained"),
+    (nano.AutoModelForCausalLM, "from_pretrained"), (nano, "tree_decode"), (nano, "model_of")],
+    ids=lambda x: getattr(x, "__name__", x))
+def test_too_little_memory_for_data_or_model_is_not_their_fault(refused, folder, monkeypatch, where, what, error):
+    jsonl(folder / "shop"), save_model(folder / "model")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, what, fails)
+    line = refused(*data("shop"), "--model", "model")
+    assert line.startswith("nanoadagrpo: out of memory; begin a new run with lower --batch-size")
+    assert {path.name for path in folder.iterdir()} == {"shop", "model"}
 
 
 @pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34448.",

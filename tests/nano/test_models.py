@@ -232,6 +232,16 @@ def test_a_folder_without_a_tokenizer_is_taken_and_knows_no_words(tmp_path):
     assert ((made - table.mean(0)) / table.std(0)).std() < 0.17
 
 
+def test_a_config_that_asks_for_tuples_is_taken(tmp_path):
+    plain = load(save_model(tmp_path / "model"))
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
+    policy = load(tmp_path / "model")
+    assert distance(state(policy), state(plain)) == 0
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("return_dict", True)
+
+
 def test_the_run_says_how_many_sid_tokens_a_model_knows(tmp_path, capsys):
     """Words that are spelt in another way would silently start anew."""
     load(save_model(tmp_path / "some", words={"<s>": 3, "<unk>": 0, "<a_0>": 6, "<a_1>": 5, "<A_2>": 4}))

@@ -307,6 +307,19 @@ def test_what_shows_in_training_alone_is_one_line_too(mine, capsys, folder, text
     assert not (folder / "here" / "report.md").exists()
 
 
+@pytest.mark.parametrize("text", [
+    "import torch\ntorch.set_grad_enabled(False)\ndef score(history, item):\n    return item * 0.1\n",
+    "import torch\ndef score(history, item):\n    torch.set_grad_enabled(False)\n    return item * 0.1\n",
+    "import torch\ntorch.set_grad_enabled(True)\ndef score(history, item):\n    return item * torch.ones((), "
+    "requires_grad=True) * 0.1\n"], ids=["module", "function", "with gradient"])
+def test_a_reward_may_turn_gradients_off_and_on(mine, folder, text):
+    mine("def score(history, item):\n    return item * 0.1\n")
+    run("--reward", "mine:score", "--rl-steps", "2", "--out", "plain")
+    mine(text)
+    run("--reward", "mine:score", "--rl-steps", "2", "--out", "here")
+    assert logged(folder / "here") == logged(folder / "plain")
+
+
 def test_a_run_that_its_own_reward_has_stopped_goes_on_with_a_mended_one(mine, capsys, folder):
     mine("calls = []\ndef score(history, item):\n    calls.append(item)\n"
          "    return item * 0.1 if len(calls) < 6 else price[item]\n")

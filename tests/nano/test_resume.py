@@ -342,9 +342,83 @@ def test_what_a_kill_left_of_a_policy_that_was_being_saved_is_gone_at_the_end(he
     for name in (".tmpA1b2C3", "policy/.tmpX9y8Z7"):
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_bytes(b"half of it")
+    mine = [here / ".tmp_notes", here / "policy" / ".tmp", here / ".tmpA1b2C3-kept", here / ".tmpf0ld3r" / "inside"]
+    for path in mine:  # not of safetensors' making
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     resume("here")
+    left = {path for path in here.rglob("*") if "tmp" in path.name or path.name == "inside"}
+    assert left == {*mine, here / ".tmpf0ld3r"}
+    for path in mine:
+        path.unlink()
+    (here / ".tmpf0ld3r").rmdir()
     assert made(shop / "here") == made(shop / "whole")
-    assert not [path for path in here.rglob("*") if "tmp" in path.name]
+
+
+@pytest.mark.parametrize("when", ["load_data", "origin_of"])  # before and after it is asked for a checkpoint
+def test_a_run_that_another_process_ends_meanwhile_is_not_begun_again(here, shop, monkeypatch, capsys, when):
+    work = getattr(nano, when)
+
+    def slow(*arguments):
+        monkeypatch.setattr(nano, when, work)
+        resume("here")
+        return work(*arguments)
+
+    monkeypatch.setattr(nano, when, slow)
+    line = refused(capsys, lambda: resume("here"))
+    assert line == "nanoadagrpo: --resume here: this run is complete, see its report.md"
+    assert made(shop / "here") == made(shop / "whole") and len(logged(here)) > 12
+
+
+def ends(monkeypatch, what):
+    """Something happens when the last table is about to be printed."""
+    def at_the_end(results, titles, table=nano.table):
+        if titles is nano.ON_SCREEN:
+            what()
+        return table(results, titles)
+
+    monkeypatch.setattr(nano, "table", at_the_end)
+
+
+def broken():
+    raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("what, code, says", [
+    (lambda: os.kill(os.getpid(), signal.SIGINT), 130, "stopped; nothing is lost"),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped; nothing is lost"),
+    (broken, 2, "[Errno 32] Broken pipe")], ids=["Ctrl-C", "SIGTERM", "broken pipe"])
+def test_what_stops_a_complete_run_does_not_say_how_to_go_on(shop, monkeypatch, capsys, what, code, says):
+    ends(monkeypatch, what)
+    assert refused(capsys, lambda: begin("here"), code) == f"nanoadagrpo: {says}"
+    assert made(shop / "here") == made(shop / "whole") and complete(shop / "here")
+
+
+def test_a_signal_before_the_rows_are_read_names_no_step(here, shop, monkeypatch, capsys):
+    monkeypatch.setattr(nano.Checkpoints, "files", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    line = refused(capsys, lambda: resume("here"), 143)
+    assert line == "nanoadagrpo: stopped; go on with --resume here"
+
+
+def test_data_that_have_moved_are_named_with_the_remedy(here, shop, capsys):
+    (shop / "shop").rename(shop / "elsewhere")
+    line = refused(capsys, lambda: resume("here"))
+    assert line.startswith("nanoadagrpo: shop: holds neither")
+    assert line.endswith("; if the data have moved, name them by --data")
+    resume("here", "--data", "elsewhere")
+    assert made(shop / "here") == made(shop / "whole")
+
+
+@pytest.mark.parametrize("config", [dict(tensor="0"), dict(foo=dict(tensor=1)), dict(foo=[dict(tensor="state")])],
+                         ids=str)
+def test_a_model_with_a_setting_called_tensor_goes_on_too(folder, monkeypatch, config):
+    jsonl(folder / "shop"), save_model(folder / "model")
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    begin("whole", "--model", "model")
+    stopped_after(monkeypatch, 12, lambda: begin("here", "--model", "model"))
+    resume("here")
+    assert made(folder / "here") == made(folder / "whole")
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
