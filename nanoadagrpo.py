@@ -1491,7 +1491,7 @@ def influence_table(row):
     R, chance = row["ranker/reliable"], row["chance/reliable"]
     noise = 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
     if R == chance == 0:
-        verdict = "the gate is shut for any ranker among these beams, see docs/faq.md"
+        verdict = "the gate is shut for any ranker among these beams: docs/faq.md"
     elif R - chance <= noise:
         verdict = "no clear difference: expect nothing of the gate"
     else:

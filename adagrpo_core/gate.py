@@ -116,7 +116,7 @@ def reliability(
     K = rollout_rewards.shape[-1]
     doubled = doubled_ranks(xp, entries, pool, ties)
     prominent = doubled[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
-    suppressed = xp.all(doubled[:, 1:] > _doubled_threshold(1 - as_fraction("rho", rho), K), axis=1)
+    suppressed = xp.all(doubled[:, 1:] > _doubled_threshold(as_fraction("rho", rho), K, rest=True), axis=1)
     return prominent & suppressed & _comparable(xp, pool)
 
 
@@ -172,9 +172,11 @@ def _comparable(xp, pool):
     return largest == largest
 
 
-def _doubled_threshold(fraction, K):
+def _doubled_threshold(fraction, K, rest=False):
     """The largest whole number t with t <= 2 * fraction * K: a doubled rank exceeds the one where it exceeds the other.
+    With ``rest`` of 1 - fraction.
 
     In integers alone, so that a symbolic K (a compiler's) passes through.
     """
-    return 2 * fraction.numerator * K // fraction.denominator
+    share = fraction.denominator - fraction.numerator if rest else fraction.numerator
+    return 2 * share * K // fraction.denominator

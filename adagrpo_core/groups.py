@@ -248,10 +248,10 @@ def in_batch_negatives(keys, /, *, k: int, m: int):
     others = xp.where(column < own, column, column + k)  # (B, (B-1)*k)
     try:
         keys = xp.take_along_axis(keys, others, axis=1)
-    except NotImplementedError:  # torch has no gather for uint16, uint32 and uint64
+        if m == 1:  # the smallest is found in a fraction of the time that it takes to sort
+            chosen = xp.argmin(keys, axis=1, keepdims=True)
+        else:
+            chosen = xp.argsort(keys, axis=1, stable=True)[:, :m]
+    except NotImplementedError:  # torch cannot index, or compare, uint16, uint32 and uint64
         raise ValueError(f"keys: expected a dtype that torch can index, got {keys.dtype}; convert it") from None
-    if m == 1:  # the smallest is found in a fraction of the time that it takes to sort
-        chosen = xp.argmin(keys, axis=1, keepdims=True)
-    else:
-        chosen = xp.argsort(keys, axis=1, stable=True)[:, :m]
     return xp.take_along_axis(others, chosen, axis=1)

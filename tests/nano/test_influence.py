@@ -176,7 +176,7 @@ def said(R, chance, n):
     (0.1, 0.6, 1000, "no clear difference: expect nothing of the gate."),
     (0.0, 0.1, 1000, "no clear difference: expect nothing of the gate."),
     (0.5, 0.0, 100, "on 0.0%; the ranker separates."),
-    (0.0, 0.0, 1000, "the gate is shut for any ranker among these beams, see docs/faq.md."),
+    (0.0, 0.0, 1000, "the gate is shut for any ranker among these beams: docs/faq.md."),
 ])
 def test_the_verdict_says_whether_the_ranker_is_clearly_above_chance(R, chance, n, verdict):
     text = said(R, chance, n)
