@@ -883,9 +883,12 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
     steps = max(least_steps, epochs * len(log.item) // batch)  # a short log is gone through more often
     optimizer = Optimizer(ranker, lr, steps)
-    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
+    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker"))
+    longest = (log.item >= 0).sum(1).cpu()[order].amax(1).tolist()  # one long row shall not pad all batches
+    order = order.to(cfg.device)
     for step in progress(range(steps if rank() == 0 else 0), "ranker"):
-        history, item, click, ordered = log.rows(order[step])
+        history, *shown = log.rows(order[step])
+        item, click, ordered = (x if x is None else x[:, : longest[step]] for x in shown)
         logit, click, shown = ranker(history, item), click.float(), (item >= 0).float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click, weight=shown)
         if ordered is not None:  # an order can be seen only where there was a click
@@ -1185,7 +1188,7 @@ def first_line(error):
 
 
 def out_of_memory(error):
-    said = isinstance(error, RuntimeError | OSError) and str(error)
+    said = isinstance(error, RuntimeError | OSError) and (getattr(error, "strerror", None) or str(error))
     return isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", said or "")
 
 
@@ -1526,6 +1529,8 @@ def run(cfg):
         raise UserError("the processes have different models or checkpoints; give all of them the same")
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
+        if cfg.resume:  # the process that had the lock may have ended the run meanwhile
+            refuse_complete(out)
         checkpoints = Checkpoints(out, cfg, data.catalogue, origin)
         policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
         broadcast(policy.model)
@@ -1660,7 +1665,6 @@ def locked(out, rows):
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            refuse_complete(out)  # the process that had the lock may have ended it meanwhile
             yield
         except BlockingIOError:
             raise UserError(f"{again}: another process runs it; wait for it, or stop it") from None
@@ -1770,6 +1774,9 @@ def parse(argv):
 
 
 def interrupt(number, frame):  # Ctrl-C or SIGTERM
+    if os.getpid() != interrupt.process:  # a child that a reward has forked ends as any other
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, lambda *_: None)
     interrupt.code = 128 + number
@@ -1781,7 +1788,7 @@ interrupt.code = 0  # the exit code, once there was a signal
 
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
-    handlers, interrupt.code = {}, 0
+    handlers, interrupt.code, interrupt.process = {}, 0, os.getpid()
     try:
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun

@@ -86,7 +86,7 @@ def check_dtype(xp, name, array, kind):
 
 
 def check_ties(ties):
-    if ties not in TIES:
+    if not isinstance(ties, str) or ties not in TIES:
         raise ValueError(f'ties: expected "min", "max" or "average", got {ties!r}; the default is "min"')
 
 
@@ -108,7 +108,7 @@ def check_count(name, value, *, least=1):
 def as_number(name, value, *, traced_too=False):
     """The setting as a Python float, which changes no dtype and takes no gradient; refuse what is not one number.
 
-    Where ``traced_too``, a number that is traced, and so has no value yet, passes as it is.
+    Where ``traced_too``, a number that is traced, and so has no value yet, passes, as a constant to the gradient.
     """
     if type(value) is float:  # asked first: the usual case, and a compiler's symbolic float, which has no attributes
         return value
@@ -116,12 +116,12 @@ def as_number(name, value, *, traced_too=False):
         if tuple(getattr(value, "shape", ())) != ():
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}; pass one for all prompts")
         if traced_too and hasattr(value, "__float__") and is_traced(value):
-            return value
+            return stop_gradient(value)
     try:
         return _real(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as failure:
         if traced_too and isinstance(failure, RuntimeError):  # torch.vmap over it: a value for each of the batch
-            return value
+            return stop_gradient(value)
     if is_traced(value):
         remedy = "make it static, for jax.jit by static_argnames"
         raise ValueError(f"{name}: expected a number that is known while tracing, got a traced one; {remedy}")
@@ -137,10 +137,16 @@ def _real(value):
     return float(stop_gradient(value))
 
 
-def check_finite(name, value):
-    """Refuse infinity and NaN: times the 0 of a prompt that is not admitted they are NaN. A traced number passes."""
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}; pass one, such as the default")
+def check_finite(xp, name, value, array):
+    """Refuse NaN, infinity, and what becomes infinite (doubled, too) in the dtype that ``array`` is computed in: times
+    the 0 of a prompt that is not admitted it is NaN. A traced number passes."""
+    if isinstance(value, float):
+        dtype = array.dtype if xp.finfo(array.dtype).bits >= 32 else xp.float32
+        if not abs(value) <= min(float(xp.finfo(dtype).max) / 2, 2.0**1023):
+            raise ValueError(
+                f"{name}: expected a finite number, of half of what {dtype} holds at most, got {value!r}; "
+                "pass one, such as the default"
+            )
 
 
 def check_positive(name, value, *, zero_too=False):

@@ -138,7 +138,7 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
     check_shape(xp, "advantages", advantages, "B K", sizes)
     check_shape(xp, "clip", clip, "B", sizes, kind="bool")
     lam = as_number("lam", lam, traced_too=True)
-    check_finite("lam", lam)
+    check_finite(xp, "lam", lam, advantages)
     K = sizes["K"]
     wide = stop_gradient(widen(xp, advantages))
     rollouts = xp.where(clip[:, None], wide, 0.0) * (lam * ((K + 1) / K))

@@ -4,7 +4,7 @@
 from typing import Any, NamedTuple
 
 from ._checks import NUMBER, check_count, check_shape, namespace
-from ._compat import device
+from ._compat import device, is_traced
 
 STRINGS_OR_OBJECTS = ("S", "T", "U", "O")  # as NumPy's dtypes call them; the array API has no such kinds
 
@@ -166,7 +166,9 @@ def group_by(index, /) -> GroupOrder:
         raise ValueError(f"index: expected integers, or strings in NumPy, got {index.dtype}; number the groups")
     try:
         (ids, sizes), by_id = xp.unique_counts(index), xp.argsort(index, stable=True)
-    except TypeError:  # objects, of which some cannot be compared
+    except TypeError:  # objects, of which some cannot be compared; or JAX cannot look at the values
+        if is_traced(index):
+            raise ValueError("index: expected ids that are known, got traced ones; call it outside jit") from None
         raise ValueError("index: expected ids of one type, got several; make all of them strings") from None
     most, least = int(xp.argmax(sizes)), int(xp.argmin(sizes))
     if int(sizes[most]) != int(sizes[least]):

@@ -237,7 +237,7 @@ def grpo_loss(
     check_shape(xp, "advantages", advantages, "B K", sizes)
     epsilon = check_positive("epsilon", epsilon)
     epsilon_high = epsilon if epsilon_high is None else check_positive("epsilon_high", epsilon_high)
-    beta = _check_reference(xp, ref_token_logp, beta, sizes)
+    beta = _check_reference(xp, ref_token_logp, beta, sizes, token_logp)
     _check_mask(xp, "mask", mask, "token_logp", token_logp)
     logp, A, live = widen(xp, token_logp), stop_gradient(advantages)[:, :, None], mask
     if clip is not None:
@@ -366,7 +366,8 @@ def adagrpo_loss(
     check_shape(xp, "target_reward", target_reward, "B", sizes)
     check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
     lam = as_number("lam", lam, traced_too=True)
-    check_finite("lam", lam)
+    check_finite(xp, "lam", lam, target_token_logp)
+    check_finite(xp, "lam", lam, token_logp)
 
     nll = nll_loss(widen(xp, target_token_logp), target_mask)
     if target_old_logp is None:
@@ -448,9 +449,9 @@ def _check_mask(xp, name, mask, like_name, like):
         check_same_shape(xp, name, mask, like_name, like, kind="bool")
 
 
-def _check_reference(xp, ref_token_logp, beta, sizes):
+def _check_reference(xp, ref_token_logp, beta, sizes, token_logp):
     beta = check_positive("beta", beta, zero_too=True)
-    check_finite("beta", beta)
+    check_finite(xp, "beta", beta, token_logp)
     if ref_token_logp is not None:
         check_shape(xp, "ref_token_logp", ref_token_logp, "B K L", sizes)
     elif beta > 0:

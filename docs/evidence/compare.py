@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # measure this checko
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.backend_bases import FigureCanvasBase  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
@@ -64,7 +65,10 @@ def read(run):
     """(settings, lines of metrics.jsonl) of a run, be it complete or not."""
     with nano.in_one_line(run, "name folders that nanoadagrpo.py wrote"):
         cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
-        return cfg, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        if not all(isinstance(line, dict) and isinstance(line.get("phase"), str) for line in lines):
+            raise ValueError("metrics.jsonl is of another program")
+        return cfg, lines
 
 
 def tested(lines):
@@ -82,6 +86,8 @@ def check_alike(runs, found):
             raise nano.UserError(f"{run}: {', '.join(other)} are not as in {runs[0]}; runs may differ in their seeds")
         if tested(lines).keys() != tested(found[0][1]).keys():
             raise nano.UserError(f"{run}: other methods were tested than in {runs[0]}; let both runs end")
+        if len(lines) != len(found[0][1]):
+            raise nano.UserError(f"{run}: has logged more or fewer steps than {runs[0]}; let both runs end")
     seeds = [cfg["seed"] for cfg in each]
     if len(set(seeds)) < len(seeds):
         raise nano.UserError(f"a seed is there twice: {', '.join(map(str, seeds))}; name one run of each")
@@ -172,9 +178,14 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
     parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
     args = parser.parse_args(argv)
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if args.figure and not (args.figure.parent.is_dir() and args.figure.suffix[1:].lower() in kinds):
+        parser.error(f"--figure {args.figure}: needs a folder that exists, and an ending such as .png")
     try:
         found = [read(run) for run in args.runs]
         check_alike(args.runs, found)
+        if not (args.figure or tested(found[0][1])):
+            raise nano.UserError(f"{args.runs[0]}: nothing was tested so far; let the run end")
         rows = collect(found)
     except nano.UserError as error:
         parser.error(str(error))

@@ -15,7 +15,6 @@ prompts. Semantic IDs, base policy, rankers and RL are nanoadagrpo's; what they 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import functools
@@ -42,6 +41,7 @@ import scipy.sparse  # noqa: E402
 import torch  # noqa: E402
 from arithmetic import best_step, choose_dose  # noqa: E402
 from real_report import REWARDS, Results  # noqa: E402
+from report import check_place, tables_beside  # noqa: E402
 
 import adagrpo_core as core  # noqa: E402
 import nanoadagrpo as nano  # noqa: E402
@@ -409,11 +409,11 @@ def tune(args, made):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser("real.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = nano.Parser("real.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--yahoo", type=Path, required=True, help="folder with user.txt and random.txt")
     add("--seeds", type=run.seed_list, help="such as 100-109 (with --tune: default 0-2)")
-    add("--jobs", type=int, default=1, help="seeds at a time, each on one core; 0: all in this process")
+    add("--jobs", type=run.job_count, default=1, help="seeds at a time, each on one core; 0: all in this process")
     add("--out", type=Path, default=Path("runs/real"), help="folder of the finished units")
     add("--size", choices=SIZES, default="default", help="small: a few steps, to try the driver")
     add("--tune", action="store_true", help="choose learning rate and lambda on validation, write --dose, and stop")
@@ -425,6 +425,8 @@ def parse(argv):
         raise UserError("--seeds: say which, such as 100-109")
     if not args.tune and not args.dose.exists():
         raise UserError(f"--dose {args.dose}: no such file; run --tune first")
+    if not args.tune:
+        check_place("real", args.page, tables_beside(args.page))
     return args
 
 
@@ -443,7 +445,7 @@ def main(argv=None):
                           {arm: [run.load(args.out, seed, arm.label) for seed in args.seeds] for arm in arms})
         real_report.write_page(args, results, cfg)
         return results
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"real.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -607,17 +607,25 @@ def no_place(part, path):
     return UserError(f"--page {path}: has no place for this; put the lines {start.strip()} and {end} there")
 
 
+def check_place(part, *paths):
+    """Refuse pages that `place` would refuse; before hours of runs, not after them."""
+    start, end = marks(part)
+    for path in paths:
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        if old and end not in old.partition(start)[2] and f"*Written by `{DRIVERS[part]}`" not in old:
+            raise no_place(part, path)
+
+
 def place(part, path, paragraphs):
     """Write a page, or its part on a page that has a place for it; what stands around that is kept. A page without a
     place that somebody else wrote is refused, not overwritten."""
+    check_place(part, path)
     old, text = path.read_text(encoding="utf-8") if path.exists() else "", "\n\n".join(paragraphs) + "\n"
     start, end = marks(part)
     before, began, rest = old.partition(start)
     _, ended, after = rest.partition(end)
     if began and ended:
         text = before + start + text + end + after
-    elif old and f"*Written by `{DRIVERS[part]}`" not in old:
-        raise no_place(part, path)
     path.write_text(text, encoding="utf-8")
 
 

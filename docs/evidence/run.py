@@ -203,7 +203,7 @@ def same_origin(out, made):
     if not path.exists():
         write(path, json.dumps(made, indent=1))
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     changed = [key for key in made if before.get(key) != made[key]]
     if changed:
         raise UserError(f"--out {out}: holds units of other {' and '.join(changed)}; name another folder, or remove it")
@@ -212,7 +212,7 @@ def same_origin(out, made):
 def load(out, seed, label):
     """One unit: its JSON, with its arrays under "arrays"."""
     path = unit_file(out, seed, label)
-    unit = json.loads(path.read_text(encoding="utf-8"))
+    unit = read_json(path)
     unit["arrays"] = {}
     if path.with_suffix(".npz").exists():
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
@@ -261,7 +261,7 @@ def read_doses(path, made, keys=("settings", "world")):
     """What --tune wrote, or nothing; refused where it was found under other settings, or in another world."""
     if not path.exists():
         return NO_DOSES
-    page = json.loads(path.read_text(encoding="utf-8"))
+    page = read_json(path)
     for key in keys:
         if page.get(key) != made[key]:
             raise UserError(f"--dose {path}: was chosen for other {key}; run --tune again, or name another file")
@@ -274,15 +274,32 @@ def seed_list(text):
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: a seed is there twice; name each seed once")
     return found
 
 
+def job_count(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: jobs are 0 or more")
+    return int(text)
+
+
+def read_json(path):
+    """A JSON object that one of these programs wrote."""
+    with nano.in_one_line(path, "remove it, if no program here wrote it, or mend it"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser("run.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = nano.Parser("run.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--seeds", type=seed_list, help="such as 100-109 or 0,3 (with --tune: default 0-2)")
     add("--beside", type=seed_list, default=[], help="a second set of seeds: do the verdicts agree?")
-    add("--jobs", type=int, default=1, help="seeds at a time, each on one core; 0: all in this process")
+    add("--jobs", type=job_count, default=1, help="seeds at a time, each on one core; 0: all in this process")
     add("--out", type=Path, help="folder of the finished units (default runs/evidence)")
     add("--page", type=Path, help="the report, its tables beside it (default docs/results.md and "
                                   "docs/results-tables.md; OUT/results.md with --size small)")
@@ -306,6 +323,8 @@ def parse(argv):
         raise UserError(f"--baits {args.baits}: choose among {BAITS}")
     if not set(args.arms) <= set(ARMS) or (args.arms and not args.tune):
         raise UserError(f"--arms {','.join(args.arms)}: goes with --tune; choose among {', '.join(ARMS)}")
+    if not args.tune:
+        report.check_place("toy", args.page, report.tables_beside(args.page))
     return args
 
 
@@ -329,7 +348,7 @@ def run(args):
     machines, minutes = {}, 0.0
     for seed in args.seeds + args.beside:
         for path in (args.out / f"seed-{seed}").glob("*.json"):
-            unit = json.loads(path.read_text(encoding="utf-8"))
+            unit = read_json(path)
             machines.setdefault(unit["machine"], set()).add(seed)
             minutes += unit["core_seconds"] / 60
 
@@ -372,7 +391,7 @@ def seeds_text(seeds):
 def main(argv=None):
     try:
         return run(parse(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

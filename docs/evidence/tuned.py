@@ -40,7 +40,7 @@ import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 import tuned_report  # noqa: E402
 from arithmetic import choose_dose  # noqa: E402
-from report import marks, no_place  # noqa: E402
+from report import check_place, marks, no_place  # noqa: E402
 
 import nanoadagrpo as nano  # noqa: E402
 from nanoadagrpo import UserError  # noqa: E402
@@ -155,18 +155,19 @@ def parse(argv):
     add("--tuning", type=run.seed_list, default=[0, 1, 2], help="seeds that choose the doses (default 0-2)")
     add("--seeds", type=run.seed_list, required=True, help="seeds that are reported, such as 100-109")
     add("--page", type=Path, help="a page that has a place for the result (default OUT/report.md)")
-    add("--jobs", type=int, default=1, help="seeds at a time, each on one core; 0: all in this process")
+    add("--jobs", type=run.job_count, default=1, help="seeds at a time, each on one core; 0: all in this process")
     args, args.flags = parser.parse_known_args(argv)
     if args.page and not (args.page.is_file() and marks("tuned")[0] in args.page.read_text(encoding="utf-8")):
         raise no_place("tuned", args.page)  # before hours of runs, not after them
     args.page, both = args.page or args.out / "report.md", args.tuning + args.seeds
+    check_place("tuned", args.page)
     if not args.tuning or not args.seeds or len(set(both)) < len(both):
         raise UserError("--tuning, --seeds: name seeds for each, each seed once")
     for name in sorted({flag.split("=")[0] for flag in args.flags} & set(map(nano.to_flag, DECIDED))):
         raise UserError(f"{name}: decided by tuned.py, or without effect here; leave it out")
     cfg = nano.parse(["--data", args.data, "--device", "cpu", *args.flags])
-    if cfg.beam_width < 10 or args.jobs < 0:
-        raise UserError("--beam-width, --jobs: HR@10 chooses the doses, and needs 10 or more beams; jobs are 0 or more")
+    if cfg.beam_width < 10:
+        raise UserError("--beam-width: HR@10 chooses the doses, and needs 10 or more beams")
     return args, cfg
 
 

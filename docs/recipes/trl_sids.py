@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ def parse(argv):
         parser.add_argument(nano.to_flag(name), default=argparse.SUPPRESS, help=about, **kind)
     given = vars(parser.parse_args(argv))
     run, out, seed = (given.pop(name) for name in ("run", "out", "seed"))
-    saved = json.loads((run / "config.json").read_text())
+    with nano.in_one_line(f"--run {run}", "name a folder that nanoadagrpo.py wrote"):
+        saved = json.loads((run / "config.json").read_text())
+        nano.Settings(**saved)
     if saved["reward"] or saved["updates"] != 1:
         parser.error(f"{run}: --reward and --updates are not known here, where the run's own ranker trains")
     processes, batch_size = int(os.environ.get("WORLD_SIZE", 1)), given.get("batch_size", saved["batch_size"])
@@ -123,7 +126,18 @@ def make_trainer(policy, ranker, data, cfg, out, seed, cls=AdaGRPOTrainer, **mor
 
 
 def main(argv=None, **more):
-    run, out, seed, cfg = parse(argv)
+    try:
+        return train(*parse(argv), **more)
+    except (nano.UserError, OSError) as error:
+        print(f"trl_sids.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(run, out, seed, cfg, **more):
+    if not (run / "policy" / "tokenizer.json").is_file():
+        raise nano.UserError(f"{run}/policy: holds no policy; take a complete run of one method or --rl-steps 0")
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise nano.UserError(f"--out {out}: it exists already; name a new folder")
     data = nano.toy_world(cfg) if cfg.toy else nano.load_data(cfg.data, cfg)
     policy = load_policy(run / "policy", data.catalogue, cfg)
     ranker = nano.Ranker(data.catalogue, heads=1 if data.log.order is None else 2).to(cfg.device)

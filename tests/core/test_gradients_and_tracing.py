@@ -278,6 +278,22 @@ def test_torch_compiles_a_lam_that_is_an_array(lam):
     assert_alike(compiled(lam), whole(a, lam=0.5).loss)
 
 
+def test_a_traced_lam_is_a_constant_to_the_gradient():
+    a = arrays()
+    assert whole(a, lam=0.5).clip.any(), "or there is nothing to stop"
+    row, one = jnp.asarray([[1.0, -1.0]]), jnp.asarray([True])
+    for transform in (lambda f: f, jax.jit):
+        assert transform(jax.grad(lambda lam: whole(in_jax(a), lam=lam).loss.sum()))(0.5) == 0
+        assert (transform(jax.jacobian(lambda lam: target_row_advantages(row, one, lam=lam)))(0.5) == 0).all()
+    mapped = torch.vmap(torch.func.grad(lambda lam: whole(in_torch(a), lam=lam).loss.sum()))
+    assert (mapped(torch.tensor([0.5, 2.0])) == 0).all()
+    lam = torch.tensor(0.5, requires_grad=True)
+    known = {key: x.detach() for key, x in in_torch(a).items()}
+    torch.compiler.reset()
+    for f in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="eager")):
+        assert not f(lambda lam: whole(known, lam=lam).loss)(lam).requires_grad
+
+
 def test_torch_and_jax_map_over_lam():
     a = arrays()
     expected = [whole(a, lam=lam).loss for lam in (0.5, 2.0)]

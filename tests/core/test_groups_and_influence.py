@@ -139,6 +139,11 @@ def test_keys_of_any_real_type_are_taken_or_refused_by_name(dtype):
             assert str(refusal).startswith("keys: expected a dtype") and dtype in ("uint16", "uint32", "uint64")
 
 
+def test_ids_that_jax_traces_are_refused_as_what_they_are():
+    with pytest.raises(ValueError, match="index: expected ids that are known, got traced ones; call it outside jit"):
+        jax.jit(group_by)(jnp.asarray([1, 2, 1, 2]))
+
+
 def test_the_draw_is_uniform_and_without_repetition():
     """Every order of the keys once: each pair of the four candidates must come out equally often."""
     orders = list(itertools.permutations(range(6)))

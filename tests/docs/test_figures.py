@@ -163,3 +163,21 @@ def test_the_dynamics_of_a_run_are_drawn_from_what_it_logged(tmp_path, capsys):
         dynamics.main([str(tmp_path / "none")])
     assert end.value.code == 2
     assert "metrics.jsonl: No such file or directory; name one folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"", b'{"loss": 1}\n', b"3\n", b'{"phase": "rl", "st', b"\xff\x00",
+                                  b'{"phase": "sft", "step": 1}\n', b'{"phase": "rl", "step": 1}\n'])
+def test_a_log_that_cannot_be_drawn_is_refused(tmp_path, capsys, text):
+    (tmp_path / "metrics.jsonl").write_bytes(text)
+    with pytest.raises(SystemExit) as end:
+        dynamics.main([str(tmp_path)])
+    assert end.value.code == 2 and str(tmp_path) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_figure_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "rl", "method": "nll", "step": 1, "admitted": 0.5}))
+    (tmp_path / "dynamics.png").mkdir()
+    with pytest.raises(SystemExit) as end:
+        dynamics.main([str(tmp_path)])
+    assert end.value.code == 2 and "dynamics.png" in capsys.readouterr().err

@@ -77,6 +77,7 @@ def test_the_table_holds_mean_and_spread_over_runs_and_differences_within_them(f
 @pytest.mark.parametrize("settings, words", [
     ({"seed": 1, "constrained": True, "lam": 2.0}, "s1: --lam, --constrained are not as in"),
     ({"seed": 1, "method": "nll"}, "s1: --method are not as in"), ({}, "a seed is there twice: 0, 0"),
+    ({"seed": 1}, "s0: nothing was tested so far"),
     (None, "s1: [Errno 2] No such file"), ({"words": 3}, "s1: Settings.__init__() got an unexpected")], ids=str)
 def test_runs_that_cannot_be_averaged_are_refused(folder, tmp_path, capsys, settings, words):
     for name, more in (("s0", {}), ("s1", settings)):
@@ -101,6 +102,35 @@ def test_runs_of_which_one_has_not_ended_are_refused(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         compare.main([str(tmp_path / "s0"), str(tmp_path / "s1")])
     assert end.value.code == 2 and "other methods were tested than in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"loss": 1}', "3", "[]", '{"phase": 1}', '{"phase": "rl"', "\x00"])
+def test_the_log_of_another_program_is_refused(folder, tmp_path, capsys, text):
+    (tmp_path / "s0").mkdir()
+    (tmp_path / "s0" / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data=str(folder)))))
+    (tmp_path / "s0" / "metrics.jsonl").write_text(text + "\n")
+    with pytest.raises(SystemExit) as end:
+        compare.main([str(tmp_path / "s0")])
+    assert end.value.code == 2 and f"{tmp_path}/s0: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["nowhere/f.png", "f.xyz", "f"])
+def test_a_figure_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        compare.main(["nothing", "--figure", path])
+    assert end.value.code == 2 and f"--figure {path}: needs a folder" in capsys.readouterr().err
+
+
+def test_runs_that_are_still_going_at_different_steps_are_refused(folder, tmp_path, capsys):
+    for seed in (0, 1):
+        (tmp_path / f"s{seed}").mkdir()
+        config = dataclasses.asdict(nano.Settings(data=str(folder), seed=seed, device="cpu"))
+        (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps(config))
+        (tmp_path / f"s{seed}" / "metrics.jsonl").write_text('{"phase": "sft", "step": 1, "nll": 2.0}\n' * (3 + seed))
+    with pytest.raises(SystemExit) as end:
+        compare.main([str(tmp_path / "s0"), str(tmp_path / "s1"), "--figure", str(tmp_path / "f.png")])
+    assert end.value.code == 2 and "s1: has logged more or fewer steps than" in capsys.readouterr().err
 
 
 def test_runs_may_have_been_made_elsewhere(folder, tmp_path):

@@ -366,6 +366,8 @@ def test_cells_are_what_the_units_say(finished):
     ([], "--seeds"),
     (["--seeds", "100", "--dose", "none.json"], "--tune first"),
     (["--tune", "--yahoo", "nowhere"], "user.txt"),
+    (["--seeds", "0,0"], "each seed once"), (["--seeds", "0", "--jobs", "-1"], "jobs are 0 or more"),
+    (["--seeds", "0", "--page", __file__], "has no place"), (["--seeds", "0", "--out", __file__], "File exists"),
 ])
 def test_bad_input_is_refused_in_one_line(yahoo, words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -333,11 +333,32 @@ def test_an_arm_is_tuned_alone_and_the_other_doses_stay(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("words", [
     [], ["--seeds", "0", "--baits", "0.3"], ["--seeds", "0", "--beside", "0-2"], ["--seeds", "0", "--arms", "adagrpo"],
-    ["--tune", "--arms", "adagrpoo"]])
+    ["--tune", "--arms", "adagrpoo"], ["--seeds", "0,0"], ["--seeds", "0-3,2"], ["--seeds", "0", "--beside", "1,1"],
+    ["--seeds", "x"], ["--seeds", "0", "--jobs", "-1"], ["--nonsense"], ["--seeds", "0", "--out", __file__]])
 def test_bad_input_is_refused_in_one_line(words, capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(words)
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["made-by.json", "dose.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "3", ""])
+def test_a_file_that_none_of_these_programs_wrote_is_refused(tmp_path, capsys, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--seeds", "0", "--size", "small", "--out", str(tmp_path), "--jobs", "0"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and f"{tmp_path / name}: " in lines[0]
+    assert (tmp_path / name).read_text() == text
+
+
+@pytest.mark.parametrize("name", ["results.md", "results-tables.md"])
+def test_a_page_without_a_place_is_refused_before_the_work(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--seeds", "0", "--size", "small", "--out", str(tmp_path), "--jobs", "0"])
+    assert stop.value.code == 2 and f"{name}: has no place" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine\n"
 
 
 def test_what_is_written_is_whole_or_absent(tmp_path):

@@ -143,7 +143,8 @@ def test_units_of_other_data_or_flags_are_refused(finished, folder, tmp_path, ca
 @pytest.mark.parametrize("more, message", [
     (["--lam", "3"], "--lam: decided by tuned.py"), (["--method", "nll"], "--method: decided"),
     (["--keep", "best"], "--keep: decided"), (["--tuning", "0,100"], "each seed once"), (["--lam=5.0"], "--lam: deci"),
-    (["--seeds", "100,100"], "each seed once"), (["--seeds", "x"], "--seeds"), (["--jobs", "-1"], "--jobs"),
+    (["--seeds", "100,100"], "each seed once"), (["--tuning", "0,1,1"], "each seed once"),
+    (["--seeds", "x"], "--seeds"), (["--jobs", "-1"], "--jobs"),
     (["--device", "cuda"], "--device: decided"), (["--save-every", "3"], "--save-every: decided"),
     (["--beam-width", "9"], "--beam-width"), (["--page", "nowhere/page.md"], "has no place"),
     (["--reward", "none:score"], "--reward none:score"),
@@ -155,3 +156,11 @@ def test_bad_input_is_refused_in_one_line(folder, more, message, tmp_path, capsy
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
     assert not (tmp_path / "out").exists()
+
+
+def test_somebody_elses_report_is_refused_before_the_work(folder, tmp_path, capsys):
+    (tmp_path / "report.md").write_text("mine\n")
+    with pytest.raises(SystemExit) as stop:
+        tuned.main(words_of(folder, tmp_path))
+    assert stop.value.code == 2 and "report.md: has no place" in capsys.readouterr().err
+    assert not (tmp_path / "made-by.json").exists() and (tmp_path / "report.md").read_text() == "mine\n"

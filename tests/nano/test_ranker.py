@@ -3,10 +3,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import nanoadagrpo as nano
 
-from .helpers import settings
+from .helpers import SHOP, settings
 
 FLOOR = -0.75
 
@@ -115,3 +116,29 @@ def test_the_ranker_learns_what_is_clicked(shop):
 
 def test_the_ranker_is_frozen(ranker):
     assert not ranker.training and not any(p.requires_grad for p in ranker.parameters())
+
+
+def test_one_long_row_does_not_pad_every_batch(monkeypatch):
+    """Wider padding changes no bit of the ranker; and batches are as wide as their longest row."""
+    cfg = settings()
+    data = nano.toy_world(cfg, SHOP)
+    n = len(data.log.item)
+    short = torch.arange(n) % 3 + 1  # items of each row
+    kept = torch.arange(5) < short[:, None]
+    log = data.log._replace(item=torch.where(kept, data.log.item[:, :5], -1), click=data.log.click[:, :5] & kept,
+                            order=data.log.order[:, :5] & kept)
+    wide = log._replace(item=F.pad(log.item, (0, 40), value=-1), click=F.pad(log.click, (0, 40)),
+                        order=F.pad(log.order, (0, 40)))
+    widths, forward = [], nano.Ranker.forward
+
+    def seen(self, history, item):
+        widths.append(item.shape[1])
+        return forward(self, history, item)
+
+    monkeypatch.setattr(nano.Ranker, "forward", seen)
+    one, other = (nano.train_ranker(data.catalogue, x, cfg, epochs=1).state_dict() for x in (log, wide))
+    assert all(torch.equal(one[key], other[key]) for key in one) and set(widths) == {3}
+    wide.item[0, :45] = data.log.item[0, 0]
+    widths.clear()
+    nano.train_ranker(data.catalogue, wide, cfg, epochs=1)
+    assert set(widths) == {3, 45} and widths.count(45) < len(widths) / 2

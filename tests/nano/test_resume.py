@@ -370,6 +370,13 @@ def test_a_run_that_another_process_ends_meanwhile_is_not_begun_again(here, shop
     assert made(shop / "here") == made(shop / "whole") and len(logged(here)) > 12
 
 
+def test_a_complete_run_of_the_name_that_later_processes_say_is_no_obstacle(shop):
+    """They do not know the number of the folder, and call it RUN."""
+    shutil.copytree(shop / "whole", shop / "RUN")
+    with nano.locked(pathlib.Path("RUN"), []):
+        pass
+
+
 def ends(monkeypatch, what):
     """Something happens when the last table is about to be printed."""
     def at_the_end(results, titles, table=nano.table):

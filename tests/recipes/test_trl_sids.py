@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,29 @@ def test_a_run_with_settings_that_are_not_known_here_is_refused(tmp_path, capsys
     with pytest.raises(SystemExit) as end:
         trl_sids.parse(["--run", str(tmp_path), "--out", str(tmp_path / "out")])
     assert end.value.code == 2 and "--reward and --updates are not known here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--run", "nowhere", "--out", "new"], "--run nowhere: "), (["--run", "data", "--out", "new"], "--run data: "),
+    (["--run", "run", "--out", "run"], "--out run: it exists already"),
+    (["--run", "run", "--out", "file"], "--out file: it exists already"),
+    (["--run", "several", "--out", "new"], "several/policy: holds no policy"),
+    (["--run", "run", "--out", "new", "--data", "nowhere"], "nowhere: holds neither"),
+    (["--run", "run", "--out", "new", "--negatives", "6000"], "--negatives 6000")], ids=" ".join)
+def test_what_cannot_be_used_is_one_line_and_nothing_is_written(shop, tmp_path, monkeypatch, capsys, words, says):
+    import trl_sids
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(shop[0])
+    shutil.copytree(shop[1], "run"), shutil.copytree(shop[1], "several")
+    (tmp_path / "several" / "policy").rename(tmp_path / "several" / "adagrpo")
+    (tmp_path / "several" / "policy").mkdir(), (tmp_path / "file").write_text("mine")
+    config = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(SystemExit) as end:
+        trl_sids.main(words)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("trl_sids.py: ") and says in line
+    assert (tmp_path / "run" / "config.json").read_text() == config and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("given", [[], ["--batch-size", "10"]], ids=str)
