@@ -138,13 +138,13 @@ def _real(value):
 
 
 def check_finite(xp, name, value, array):
-    """Refuse NaN, infinity, and what becomes infinite (doubled, too) in the dtype that ``array`` is computed in: times
-    the 0 of a prompt that is not admitted it is NaN. A traced number passes."""
+    """Refuse NaN, infinity, and what becomes infinite in the dtype that ``array`` is computed in (doubled, as by
+    (K+1)/K): times the 0 of a prompt that is not admitted it is NaN. A traced number passes."""
     if isinstance(value, float):
         dtype = array.dtype if xp.finfo(array.dtype).bits >= 32 else xp.float32
         if not abs(value) <= min(float(xp.finfo(dtype).max) / 2, 2.0**1023):
             raise ValueError(
-                f"{name}: expected a finite number, of half of what {dtype} holds at most, got {value!r}; "
+                f"{name}: expected a finite number, at most half of the largest {dtype}, got {value!r}; "
                 "pass one, such as the default"
             )
 

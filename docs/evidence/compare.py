@@ -66,7 +66,9 @@ def read(run):
     with nano.in_one_line(run, "name folders that nanoadagrpo.py wrote"):
         cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        if not all(isinstance(line, dict) and isinstance(line.get("phase"), str) for line in lines):
+        words = {"valid": ["method"], "test": ["method"]}  # what a line of a phase has to say besides
+        if not all(isinstance(line, dict) and isinstance(line.get("phase"), str) and
+                   all(isinstance(line.get(key), str) for key in words.get(line["phase"], [])) for line in lines):
             raise ValueError("metrics.jsonl is of another program")
         return cfg, lines
 
@@ -179,7 +181,8 @@ def main(argv=None):
     parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
     args = parser.parse_args(argv)
     kinds = FigureCanvasBase.get_supported_filetypes()
-    if args.figure and not (args.figure.parent.is_dir() and args.figure.suffix[1:].lower() in kinds):
+    if args.figure and (args.figure.is_dir() or not args.figure.parent.is_dir()
+                        or args.figure.suffix[1:].lower() not in kinds):
         parser.error(f"--figure {args.figure}: needs a folder that exists, and an ending such as .png")
     try:
         found = [read(run) for run in args.runs]

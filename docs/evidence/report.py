@@ -27,7 +27,7 @@ from compare import COLOURS
 from matplotlib.figure import Figure
 from measure import DWELL, EFFECTIVE, VISIT
 
-from nanoadagrpo import UserError
+from nanoadagrpo import UserError, in_one_line
 
 NAMES = {"base": "Base (SFT only)", "nll": "NLL continued", "grpo": "GRPO", "grpo+nll": "GRPO+NLL",
          "adagrpo-d": "AdaGRPO D", "adagrpo-r": "AdaGRPO R", "adagrpo": "AdaGRPO D&R", "r-thinned": "R thinned",
@@ -611,7 +611,8 @@ def check_place(part, *paths):
     """Refuse pages that `place` would refuse; before hours of runs, not after them."""
     start, end = marks(part)
     for path in paths:
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        with in_one_line(f"--page {path}", "name a page of text, or a new one"):
+            old = path.read_text(encoding="utf-8") if path.exists() else ""
         if old and end not in old.partition(start)[2] and f"*Written by `{DRIVERS[part]}`" not in old:
             raise no_place(part, path)
 

@@ -215,7 +215,8 @@ def load(out, seed, label):
     unit = read_json(path)
     unit["arrays"] = {}
     if path.with_suffix(".npz").exists():
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        with (nano.in_one_line(path.with_suffix(".npz"), f"remove it and {path.name}: they are made again"),
+              np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays):
             unit["arrays"] = {name: arrays[name] for name in arrays.files}
     return unit
 
@@ -285,12 +286,12 @@ def job_count(text):
     return int(text)
 
 
-def read_json(path):
-    """A JSON object that one of these programs wrote."""
+def read_json(path, *keys):
+    """A JSON object that one of these programs wrote, with these keys at least."""
     with nano.in_one_line(path, "remove it, if no program here wrote it, or mend it"):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
+        if not isinstance(found, dict) or not found.keys() >= set(keys):
+            raise ValueError(f"no JSON object{' with ' * bool(keys)}{', '.join(keys)}")
         return found
 
 
@@ -348,7 +349,7 @@ def run(args):
     machines, minutes = {}, 0.0
     for seed in args.seeds + args.beside:
         for path in (args.out / f"seed-{seed}").glob("*.json"):
-            unit = read_json(path)
+            unit = read_json(path, "machine", "core_seconds")
             machines.setdefault(unit["machine"], set()).add(seed)
             minutes += unit["core_seconds"] / 60
 

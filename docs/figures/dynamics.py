@@ -46,13 +46,14 @@ def main(argv=None):
     out = parser.parse_args(argv).run
     try:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        if not any(row["phase"] in ("valid", "rl") for row in rows):
-            parser.error(f"{out}: has no evaluation and no RL step so far; try again later")
+        if not any(row["phase"] == "rl" for row in rows):
+            parser.error(f"{out}: has no RL step, or none so far")
         draw(rows, out / "dynamics.png")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}; name one folder that nanoadagrpo.py wrote")
     except (ValueError, KeyError, TypeError) as error:
-        parser.error(f"{out / 'metrics.jsonl'}: {error!r}; name one folder that nanoadagrpo.py wrote")
+        what = f"{out / 'metrics.jsonl'}: {type(error).__name__}: {error!s:.100}"
+        parser.error(f"{what}; name one folder that nanoadagrpo.py wrote")
     print(out / "dynamics.png")
 
 

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -26,15 +25,15 @@ from trl_adagrpo import AdaGRPOTrainer
 
 import nanoadagrpo as nano
 
-FLAGS = ["data", "rl_steps", "batch_size", "micro_batch_size", "group_size", "negatives", "lam", "tau", "rho",
-         "lr", "constrained"]
+FLAGS = ["data", "rl_steps", "batch_size", "micro_batch_size", "group_size", "negatives", "lam", "tau", "rho", "lr",
+         "constrained"]
 
 
 def parse(argv):
     """The two folders, the seed of the training, and the run's settings with the given flags put in."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="folder that nanoadagrpo.py wrote")
-    parser.add_argument("--out", required=True, help="folder for the trained policy")
+    parser.add_argument("--out", required=True, help="new folder for the trained policy")
     parser.add_argument("--seed", type=int, help="of the training; data and evaluation keep that of the run")
     for name in FLAGS:
         default, about = getattr(nano.Settings, name), "as in nanoadagrpo.py; default: as in the run"
@@ -43,8 +42,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     run, out, seed = (given.pop(name) for name in ("run", "out", "seed"))
     with nano.in_one_line(f"--run {run}", "name a folder that nanoadagrpo.py wrote"):
-        saved = json.loads((run / "config.json").read_text())
-        nano.Settings(**saved)
+        saved = {**vars(nano.Settings(**json.loads((run / "config.json").read_text())))}
     if saved["reward"] or saved["updates"] != 1:
         parser.error(f"{run}: --reward and --updates are not known here, where the run's own ranker trains")
     processes, batch_size = int(os.environ.get("WORLD_SIZE", 1)), given.get("batch_size", saved["batch_size"])
@@ -89,18 +87,15 @@ def reward_function(ranker, catalogue, cfg):
     def ranker_reward(completion_ids, history, **_):
         tokens, history = (torch.tensor(x, device=cfg.device) for x in (completion_ids, history))
         return score(history, catalogue.item(tokens)[:, None])[:, 0].tolist()  # the floor for what is no item
-
     return ranker_reward
 
 
 def follow_catalogue(model, catalogue, query):
     """Generate items only, not any words of the policy. Likelihoods stay free, as in the script."""
-
     def allowed(_, ids):
         begun = ids[(ids == query).nonzero()[-1, 0] + 1 :]  # tokens of the Semantic ID so far
         words, valid = catalogue.continuations(begun[None, None])
         return words[valid].tolist()
-
     model.generate = functools.partial(model.generate, prefix_allowed_tokens_fn=allowed)
 
 
@@ -127,18 +122,12 @@ def make_trainer(policy, ranker, data, cfg, out, seed, cls=AdaGRPOTrainer, **mor
 
 def main(argv=None, **more):
     try:
-        return train(*parse(argv), **more)
+        run, out, seed, cfg = parse(argv)
+        if os.path.isfile(out) or os.path.exists(f"{out}/config.json") or [*run.glob("policy/*/tokenizer.json")]:
+            raise nano.UserError(f"--out {out} has to be new, and --run {run} of one method, or of --rl-steps 0")
+        data = nano.toy_world(cfg) if cfg.toy else nano.load_data(cfg.data, cfg)
     except (nano.UserError, OSError) as error:
-        print(f"trl_sids.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def train(run, out, seed, cfg, **more):
-    if not (run / "policy" / "tokenizer.json").is_file():
-        raise nano.UserError(f"{run}/policy: holds no policy; take a complete run of one method or --rl-steps 0")
-    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise nano.UserError(f"--out {out}: it exists already; name a new folder")
-    data = nano.toy_world(cfg) if cfg.toy else nano.load_data(cfg.data, cfg)
+        argparse.ArgumentParser("trl_sids.py").error(error)
     policy = load_policy(run / "policy", data.catalogue, cfg)
     ranker = nano.Ranker(data.catalogue, heads=1 if data.log.order is None else 2).to(cfg.device)
     ranker.load_state_dict(load_file(run / "ranker.safetensors"))
@@ -152,8 +141,7 @@ def train(run, out, seed, cfg, **more):
         trainer.train()
     # TRL gave the model a padding token. Trained again from a file with one, its row would get no gradient.
     policy.model.config, policy.model.generation_config = configs
-    trainer.save_model(out)
-    trainer.save_state()
+    trainer.save_model(out), trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # until the first process has written
     results["after"] = nano.evaluate(load_policy(out, data.catalogue, cfg), ranker, test, cfg)[0]
     if trainer.is_world_process_zero():

@@ -88,9 +88,9 @@ def test_a_run_with_settings_that_are_not_known_here_is_refused(tmp_path, capsys
 
 @pytest.mark.parametrize("words, says", [
     (["--run", "nowhere", "--out", "new"], "--run nowhere: "), (["--run", "data", "--out", "new"], "--run data: "),
-    (["--run", "run", "--out", "run"], "--out run: it exists already"),
-    (["--run", "run", "--out", "file"], "--out file: it exists already"),
-    (["--run", "several", "--out", "new"], "several/policy: holds no policy"),
+    (["--run", "run", "--out", "run"], "--out run has to be new"),
+    (["--run", "run", "--out", "file"], "--out file has to be new"),
+    (["--run", "several", "--out", "new"], "--run several of one method"),
     (["--run", "run", "--out", "new", "--data", "nowhere"], "nowhere: holds neither"),
     (["--run", "run", "--out", "new", "--negatives", "6000"], "--negatives 6000")], ids=" ".join)
 def test_what_cannot_be_used_is_one_line_and_nothing_is_written(shop, tmp_path, monkeypatch, capsys, words, says):
@@ -99,13 +99,12 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(shop, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(shop[0])
     shutil.copytree(shop[1], "run"), shutil.copytree(shop[1], "several")
-    (tmp_path / "several" / "policy").rename(tmp_path / "several" / "adagrpo")
-    (tmp_path / "several" / "policy").mkdir(), (tmp_path / "file").write_text("mine")
+    shutil.copytree("run/policy", "several/policy/nll"), (tmp_path / "file").write_text("mine")
     config = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(SystemExit) as end:
         trl_sids.main(words)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and line.startswith("trl_sids.py: ") and says in line
+    assert end.value.code == 2 and says in line
     assert (tmp_path / "run" / "config.json").read_text() == config and not (tmp_path / "new").exists()
 
 
