@@ -104,7 +104,8 @@ def test_runs_of_which_one_has_not_ended_are_refused(folder, tmp_path, capsys):
     assert end.value.code == 2 and "other methods were tested than in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ['{"loss": 1}', '{"phase": "test"}', "3", "[]", '{"phase": 1}', '{"phase": "rl"', "\x00"])
+@pytest.mark.parametrize("text", [
+    '{"loss": 1}', '{"phase": "test"}', "3", "[]", '{"phase": 1}', '{"phase": "rl"', "\x00"])
 def test_the_log_of_another_program_is_refused(folder, tmp_path, capsys, text):
     (tmp_path / "s0").mkdir()
     (tmp_path / "s0" / "config.json").write_text(json.dumps(dataclasses.asdict(nano.Settings(data=str(folder)))))
