@@ -174,7 +174,7 @@ def _comparable(xp, pool):
 
 def _doubled_threshold(fraction, K, rest=False):
     """The largest whole number t with t <= 2 * fraction * K: a doubled rank exceeds the one where it exceeds the other.
-    With ``rest`` of 1 - fraction.
+    With ``rest``, the fraction is 1 less this one.
 
     In integers alone, so that a symbolic K (a compiler's) passes through.
     """

@@ -66,11 +66,14 @@ def read(run):
     with nano.in_one_line(run, "name folders that nanoadagrpo.py wrote"):
         cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        words = {"valid": ["method"], "test": ["method"]}  # what a line of a phase has to say besides
-        if not all(isinstance(line, dict) and isinstance(line.get("phase"), str) and
-                   all(isinstance(line.get(key), str) for key in words.get(line["phase"], [])) for line in lines):
+        if not all(isinstance(line, dict) and is_ours(line) for line in lines):
             raise ValueError("metrics.jsonl is of another program")
         return cfg, lines
+
+
+def is_ours(line):
+    keys = ["phase", "method"] if line.get("phase") in ("valid", "test") else ["phase"]
+    return all(isinstance(line.get(key), str) for key in keys)
 
 
 def tested(lines):

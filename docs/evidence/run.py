@@ -158,6 +158,15 @@ def write(path, text):
     part.replace(path)
 
 
+def read_json(path, *keys):
+    """A JSON object that one of these programs wrote, with these keys at least."""
+    with nano.in_one_line(path, "remove it, if no program here wrote it, or mend it"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not found.keys() >= set(keys):
+            raise ValueError(f"no JSON object{' with ' * bool(keys)}{', '.join(keys)}")
+        return found
+
+
 def work_through(size, out, work, jobs, base=True):
     """Every seed in a process of its own, `jobs` at a time; jobs 0: here, one after another."""
     first = [(None, "full")] if base else []
@@ -284,15 +293,6 @@ def job_count(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text}: jobs are 0 or more")
     return int(text)
-
-
-def read_json(path, *keys):
-    """A JSON object that one of these programs wrote, with these keys at least."""
-    with nano.in_one_line(path, "remove it, if no program here wrote it, or mend it"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not found.keys() >= set(keys):
-            raise ValueError(f"no JSON object{' with ' * bool(keys)}{', '.join(keys)}")
-        return found
 
 
 def parse(argv):

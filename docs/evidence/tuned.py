@@ -157,10 +157,10 @@ def parse(argv):
     add("--page", type=Path, help="a page that has a place for the result (default OUT/report.md)")
     add("--jobs", type=run.job_count, default=1, help="seeds at a time, each on one core; 0: all in this process")
     args, args.flags = parser.parse_known_args(argv)
+    check_place("tuned", args.page or args.out / "report.md")  # before hours of runs, not after them
     if args.page and not (args.page.is_file() and marks("tuned")[0] in args.page.read_text(encoding="utf-8")):
-        raise no_place("tuned", args.page)  # before hours of runs, not after them
+        raise no_place("tuned", args.page)
     args.page, both = args.page or args.out / "report.md", args.tuning + args.seeds
-    check_place("tuned", args.page)
     if not args.tuning or not args.seeds or len(set(both)) < len(both):
         raise UserError("--tuning, --seeds: name seeds for each, each seed once")
     for name in sorted({flag.split("=")[0] for flag in args.flags} & set(map(nano.to_flag, DECIDED))):

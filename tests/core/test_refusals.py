@@ -190,7 +190,7 @@ WRONG_SETTINGS = [
     *[
         (function, "ties", wrong)
         for function in ("policy_rank", "reward_ranks", "difficulty", "reliability", "adagrpo_loss")
-        for wrong in ("dense", None, "MIN")
+        for wrong in ("dense", None, "MIN", np.asarray(["min", "max"]))
     ],
     *[(function, "eps", wrong) for function in ("group_advantages", "adagrpo_loss") for wrong in (-1e-9, NAN)],
     *[
@@ -353,6 +353,27 @@ def test_keys_and_rows_that_k_does_not_fit_are_refused():
     assert refusal("group", {"flat": np.zeros((5, 2))}, {"k": 2}).startswith(
         "flat: expected shape (B*k, ...) with k=2, got (5, 2); "
     )
+
+
+@pytest.mark.parametrize("function, name", [
+    ("adagrpo_loss", "lam"), ("target_row_advantages", "lam"), ("adagrpo_loss", "beta"), ("grpo_loss", "beta")])
+@pytest.mark.parametrize("into", [np.asarray, jnp.asarray, torch.tensor, array_api_strict.asarray])
+def test_a_factor_that_the_dtype_cannot_hold_is_refused_and_half_precision_holds_what_float32_does(
+        function, name, into):
+    """Times the 0 of a prompt that is not admitted it would be NaN."""
+    given, settings = ARGUMENTS[function]
+
+    def at(dtype):
+        return lambda x: into(np.asarray(x, dtype) if np.issubdtype(np.asarray(x).dtype, np.floating) else x)
+
+    for too_much, dtype in ((1e39, np.float32), (2e38, np.float32), (1.7e308, np.float64)):
+        with jax.enable_x64(True):
+            message = refusal(function, given, {**settings, name: too_much}, at(dtype))
+        assert message.startswith(f"{name}: expected a finite number, at most half of the largest ")
+    with np.errstate(over="ignore"):  # of what is admitted
+        call(function, given, {**settings, name: 1e38}, at(np.float32))
+        if into is not array_api_strict.asarray:  # which has no half precision
+            call(function, given, {**settings, name: 1e5}, at(np.float16))
 
 
 @pytest.mark.parametrize("function", ["grpo_loss", "adagrpo_loss"])
