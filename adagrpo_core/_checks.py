@@ -176,9 +176,10 @@ def as_fraction(name, value):
 @lru_cache(maxsize=64)  # a run asks for the same two or three at every step
 def _nearest_fraction(value):
     fraction = Fraction(value).limit_denominator(1000)
-    if abs(fraction - value) > value * 2.0**-24:  # further off than rounding to float32 can be: more digits are meant
+    near = fraction.numerator / fraction.denominator  # before torch 2.13, torch.compile traces no Fraction - float
+    if abs(near - value) > value * 2.0**-24:  # further off than rounding to float32 can be: more digits are meant
         fraction = Fraction(value).limit_denominator(10**6)
-    return fraction if 0 < fraction < 1 else None
+    return fraction if 0 < fraction.numerator < fraction.denominator else None
 
 
 def check_tau(tau, K):

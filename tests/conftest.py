@@ -9,6 +9,9 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: two threads on a busy core wait for each other
+if os.environ.get("TEST_DEVICE", "cpu") == "cpu":  # on a machine with a GPU too: tests fork, which CUDA does not bear
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or each process would take most of the GPU's memory
 
 
 @pytest.fixture(scope="module", autouse=True)

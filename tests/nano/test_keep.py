@@ -44,7 +44,7 @@ def scripted(monkeypatch):
 
 
 def same(one, other):
-    return all(torch.equal(x, other[name]) for name, x in one.items())
+    return all(torch.equal(x.cpu(), other[name].cpu()) for name, x in one.items())
 
 
 def saved(name):
@@ -108,7 +108,7 @@ def arbitrary(monkeypatch):
 
     def evaluate(policy, ranker, prompts, cfg):
         mean, each = real(policy, ranker, prompts, cfg)
-        bits = b"".join(x.numpy().tobytes() for x in state(policy).values())
+        bits = b"".join(x.cpu().numpy().tobytes() for x in state(policy).values())
         if bits not in known:
             known[bits] = next(values)
         return mean | {"hr@10": known[bits]}, each

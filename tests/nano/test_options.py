@@ -82,7 +82,7 @@ def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text, recwarn)
 
 
 def test_named_scores_are_summed_and_each_is_logged(mine, folder):
-    mine("def score(history, item):\n    return {'a': item * 0.25, 'b': item.numpy() * 0.5}\n"
+    mine("def score(history, item):\n    return {'a': item * 0.25, 'b': item.cpu().numpy() * 0.5}\n"
          "def sum(history, item):\n    return item * 0.75\n")
     both = own_reward("mine:score", floor=-2.0)
     whole = own_reward("mine:sum", floor=-2.0)
@@ -190,7 +190,7 @@ def test_a_reward_that_changes_torchs_defaults_is_refused_and_leaves_them_as_the
 
 def test_a_read_only_array_of_numpy_is_taken_without_a_warning(mine, folder, recwarn):
     """As np.asarray makes it of JAX's arrays."""
-    mine("def score(history, item):\n    found = item.numpy() * 0.1\n    found.flags.writeable = False\n"
+    mine("def score(history, item):\n    found = item.cpu().numpy() * 0.1\n    found.flags.writeable = False\n"
          "    return found\n")
     run("--reward", "mine:score", "--out", "here")
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]
@@ -249,9 +249,9 @@ FAULTS = {
         "    return [[price[x] for x in row] for row in item.tolist()]\n", ["KeyError in", "mine.py, line 4: -1;"]),
     "more than float32 holds": ("def score(history, item):\n    return item.double() * 0 + 1e300\n",
                                 ["not finite, or beyond float32"]),
-    "a masked array": ("import numpy as np\ndef score(history, item):\n    return np.ma.masked_less(item.numpy(), 0)\n",
-                       ["a masked array"]),
-    "complex numbers": ("def score(history, item):\n    return item.numpy() * (1 + 2j)\n", ["complex numbers"]),
+    "a masked array": ("import numpy\ndef score(history, item):\n    return numpy.ma.masked_less(item.cpu().numpy(), 0)"
+                       "\n", ["a masked array"]),
+    "complex numbers": ("def score(history, item):\n    return item.cpu().numpy() * (1 + 2j)\n", ["complex numbers"]),
     "complex numbers of torch": ("def score(history, item):\n    return item * (1 + 2j)\n", ["complex numbers"]),
     "a cancelled task": ("import asyncio\ndef score(history, item):\n    raise asyncio.CancelledError('late')\n",
                          ["CancelledError", "mine.py, line 4", "late"]),

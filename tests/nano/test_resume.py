@@ -431,6 +431,7 @@ def test_a_model_with_a_setting_called_tensor_goes_on_too(folder, monkeypatch, c
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 fork = multiprocessing.get_context("fork")
+forks = pytest.mark.skipif(DEVICE != "cpu", reason="CUDA cannot be used in a fork")
 
 
 def life(call, *arguments, dies=None, said=None):
@@ -492,6 +493,7 @@ def finish(out, call, *arguments):
     assert process.exitcode == 0, "what was left could not be resumed"
 
 
+@forks
 @pytest.mark.parametrize("half", [False, True], ids=["before", "halfway"])
 def test_a_kill_at_any_touch_of_the_disk_leaves_what_resume_can_use(shop, half):
     draw, killed = random.Random(half), 0
@@ -507,6 +509,7 @@ def test_a_kill_at_any_touch_of_the_disk_leaves_what_resume_can_use(shop, half):
     assert killed > len(counts) / 2, "most of these moments came"
 
 
+@forks
 @pytest.mark.parametrize("number, codes", [(signal.SIGKILL, [0, -9]), (signal.SIGTERM, [0, 143, -15]),
                                            (signal.SIGINT, [0, 130])], ids=["SIGKILL", "SIGTERM", "SIGINT"])
 def test_signals_at_random_moments_one_after_the_other_change_nothing(shop, number, codes):
@@ -731,6 +734,7 @@ def test_a_run_that_still_runs_is_not_resumed(shop, monkeypatch, lines):
     assert made(shop / "here") == made(shop / "whole")
 
 
+@forks
 def test_of_processes_started_together_one_makes_the_folder_and_the_others_leave_nothing(shop):
     processes = [fork.Process(target=life, args=(begin, "here"), kwargs={"said": f"said-{i}"}) for i in range(3)]
     for process in processes:
@@ -746,6 +750,7 @@ def test_of_processes_started_together_one_makes_the_folder_and_the_others_leave
     assert made(shop / "here") == made(shop / "whole")
 
 
+@forks
 def test_of_two_processes_that_resume_one_run_one_does(here, shop):
     processes = [fork.Process(target=life, args=(resume, "here")) for _ in range(2)]
     for process in processes:
