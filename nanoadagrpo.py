@@ -2,10 +2,11 @@
 """nanoadagrpo: AdaGRPO (arXiv 2606.08480) end to end, in one file to be read from top to bottom.
 
 A generative recommender is a language model that reads a user's history, the prompt, and writes the next item
-as a Semantic ID (SID): L tokens, coarse to fine. GRPO can teach it what a ranker knows (its scores are the
-rewards), but a ranker trained on what was shown and clicked is sometimes wrong, and its scores do not say
-where. AdaGRPO's loss is NLL(true item) + lambda * D * R * GRPO. D is 1 if the policy ranks the true item low
-among its rollouts, else 0; R, if the ranker ranks it high, and the negatives, other prompts' rollouts, low.
+as a Semantic ID (SID): L tokens, coarse to fine. GRPO trains it on its own samples (rollouts), with a
+ranker's scores as rewards. But a ranker trained on what was shown and clicked is sometimes wrong, and its
+scores do not say where. So AdaGRPO decides for each prompt: loss = NLL(true item) + lambda * D * R * GRPO.
+D is 1 if the policy ranks the true item low among its rollouts, so that there is something to learn; else 0.
+R is 1 if the ranker ranks the true item high, and negatives, which are other prompts' rollouts, low; else 0.
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
@@ -20,13 +21,13 @@ Where this differs from the paper, or the paper is silent (for those who know it
  2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-3 of the toy.
     So was rho, 0.3, where the paper has 0.1.
  3. Rollouts are sampled from the policy being trained, one update per batch: eq. 4's ratio is 1, up to
-    rounding. `--updates 2` takes a second step on the same rollouts; only then has `--epsilon` work to do.
+    rounding. `--updates 2` takes a second step on the same rollouts; only then `--epsilon` has an effect.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. L tokens that are no
     item are a hallucination. `--constrained`: only items are sampled and searched; likelihoods stay the same.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
  6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (R: `--ties`).
- 7. HR counts places among the valid beams only: a server drops the others. ClkRwd@k and OrdRwd@k are the
-    best score within the first k: the paper's values grow with k, and a mean would not.
+ 7. HR counts places among the valid beams only: in service, the others would be dropped. ClkRwd@k and
+    OrdRwd@k, which the paper does not define, are the best score within the first k: its values grow with k.
  8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
  9. Two controls are added: continued training by NLL alone, and a random gate as wide as AdaGRPO's.
 """
@@ -81,11 +82,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 import adagrpo_core as core
 
 # == Part I: the method ======================================================================================
-# Shape letters: B prompts, K rollouts of each, M negatives, L tokens of a Semantic ID, H items of a
-# history, T tokens of a prompt, m branches of a tree that become n, W beams, S SID tokens of all levels,
-# V tokens in the policy's vocabulary, N items. An item is its row number in `catalogue.tokens` (N, L), and
-# `catalogue.item` finds it by its tokens; -1 is none: left padding of a history, or a hallucination, L tokens
-# that are no item.
+# Shape letters: B prompts, H items of a history, T tokens of a prompt; K rollouts and M negatives of each
+# prompt; L tokens of a Semantic ID; V tokens in the policy's vocabulary, of which S are SID tokens, of all
+# levels; N items; W beams. While Semantic IDs are written: m branches before a level, n after it. An item is
+# its row number in `catalogue.tokens` (N, L); `catalogue.item` finds it by its tokens. -1 is no item: padding
+# on the left of a history, or a hallucination (L tokens that are those of no item).
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -180,12 +181,12 @@ class Policy:
     def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
-        Returns log-probabilities of what comes next, after all tokens (B, n, V) or the last `keep`; and the
-        KV cache, longer by n. Every pass is made here, by the model's own forward.
+        Returns log-probabilities of what comes next (B, n, V), or of the last `keep` tokens only if it is not
+        0; and the KV cache, longer by n. Every pass is made here, by the model's own forward.
         """
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # The mask is added to the attention scores. It stays finite even if a model casts it to float32:
-        # padding sees nothing, and the softmax of a row of -inf is NaN.
+        # The mask is added to the attention scores. It blocks by a large finite number, also in float32, to
+        # which some models cast it: padding sees nothing, and the softmax of a row of -inf is NaN.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
@@ -205,16 +206,17 @@ class Policy:
 
 
 def prefill(policy, history, target=None):
-    """Run (B, H) histories once -> PromptCache, and log-probabilities (B, L) of items `target` (B,), or None.
+    """Run histories (B, H) once -> PromptCache, and the log-probabilities (B, L) of the items `target` (B,).
 
-    One pass over prompt and truth gives both: attention is causal, so the truth changes nothing before it and
-    is cut off the cache again. The truth's last token predicts nothing and is not run.
+    Without a target the latter is None. With it, one pass over prompt and truth gives both: attention is
+    causal, so the truth changes nothing before it, and it is cut off the cache again. Its last token predicts
+    nothing and is not run.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
     mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
     tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
-    if policy.start is not None:  # it stands before the padding, which is masked and has no position
+    if policy.start is not None:  # before the padding, which the mask hides and positions do not count
         tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
     T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next
     if target is not None:
@@ -228,14 +230,15 @@ def prefill(policy, history, target=None):
     return cache, (None if target is None else next_logp.gather(-1, truth[..., None])[..., 0])
 
 
-# `tree_decode` below grows a tree level by level. Which way is up to the function `select` that it is given:
-# with beam(50) it is a beam search. select(prefix, next_logp, branch_logp) gets m branches' tokens so far
-# (B, m, level), log-probabilities of each next token (B, m, V), and those of the branches (B, m). It returns
-# parent and token, both (B, n): which old branch each of n new ones extends, and by which token.
+# `tree_decode` below writes Semantic IDs level by level. At each level it has m branches, and asks a function
+# `select` for n new ones: with beam(50) it is a beam search, with sample(...) it samples.
+#     select(prefix (B, m, level), next_logp (B, m, V), branch_logp (B, m)) -> parent (B, n), token (B, n)
+# prefix: the tokens of each branch so far; next_logp: log-probabilities of each next token; branch_logp: of
+# each branch. New branch j is the old branch parent[j], and token[j] after it.
 
 
 def unbranched(prefix, n):
-    """Parents (B, n): each of n branches continues itself; at the first level all continue the prompt."""
+    """Parents (B, n) where none is chosen: 0, the prompt, for all at the first level; then j for branch j."""
     return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
 
 
@@ -276,14 +279,15 @@ def tree_decode(policy, cache, select):
 
     Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
 
-    The m branches of a level are run as ONE sequence of m tokens, under an attention mask that shows each of
-    them the prompt, its ancestors and itself: so the prompt is never repeated. If level 0 has two branches
-    and both branches of level 1 continue the first, level 1 sees of prompt | level 0 | level 1:
+    The m branches of a level are run as ONE sequence of m tokens. The attention mask shows each of them the
+    prompt, its ancestors and itself: so the prompt is never repeated. For example, of a prompt of 3 tokens
+    and two branches of level 0, two branches of level 1 that both continue the first one see
 
-        1 1 1 | 1 0 | 1 0
-        1 1 1 | 1 0 | 0 1
+        prompt | level 0 | level 1
+         1 1 1 |   1 0   |   1 0
+         1 1 1 |   1 0   |   0 1
 
-    When branches change parents, the rows of the mask are reordered; the KV cache stays as it is.
+    To choose parents only reorders the rows of this mask; the KV cache stays as it is.
     """
     kv_cache, next_logp = cache.kv_cache, cache.next_logp  # (B, 1, V): the only branch is the prompt
     B, T = cache.mask.shape
@@ -296,7 +300,7 @@ def tree_decode(policy, cache, select):
             itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
             ancestor_mask = torch.cat([ancestor_mask, itself], -1)
             attention_mask = torch.cat([cache.mask[:, None].expand(B, m, T), ancestor_mask], -1)
-            positions = (cache.mask.sum(1, keepdim=True) + level - 1).expand(B, m)
+            positions = (cache.mask.sum(1, keepdim=True) + level - 1).expand(B, m)  # the prompt's from 0
             next_logp, kv_cache = policy.forward(tokens[..., -1], attention_mask, positions, kv_cache)
         parent, token = select(tokens, next_logp, token_logp.sum(-1))
         tokens = torch.cat([tokens[row, parent], token[..., None]], -1)
@@ -306,8 +310,8 @@ def tree_decode(policy, cache, select):
 
 
 def sequence_logp(policy, cache, tokens):
-    """Log-probabilities (B, n, L) of known Semantic IDs, with gradient. Known tokens need not wait for each
-    other: all levels are run in one pass, as one sequence of n * (L - 1) tokens."""
+    """Log-probabilities (B, n, L) of known Semantic IDs, with gradient. As all tokens are known, one pass
+    runs all levels, as one sequence of n * (L - 1) tokens."""
     B, n, L = tokens.shape
     first = cache.next_logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
     if L == 1:
@@ -323,9 +327,14 @@ def sequence_logp(policy, cache, tokens):
 
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
-# From later parts: `constrained` lets `select` choose only items; `batches`, the row numbers of each step;
-# `local_micro_batches`, the slices of a batch that this process runs; `all_gather` joins the rows of all
-# processes; `reward_of` calls reward_fn and joins too; `Optimizer.step` clips, checks for NaN, steps, clears.
+# From later parts:
+#   batch.history (B, H), batch.target (B,)  prompts and their true items; batch.rows(part), a slice of them
+#   batches(...)              the row numbers of each step
+#   local_micro_batches(...)  the slices of a batch that this process runs
+#   all_gather(pieces)        the rows of all slices and of all processes, joined
+#   constrained(select, ...)  lets `select` choose only items, if --constrained
+#   reward_of(...)            asks reward_fn for this process's rows, and joins the scores of all
+#   Optimizer.step            clips gradients, checks that all is finite, steps, and clears the gradients
 
 
 class Method(NamedTuple):
@@ -351,46 +360,73 @@ METHODS = {
 
 
 def rollout(policy, batch, parts, K, generator):
-    """Sample K Semantic IDs for each prompt of the batch; this process runs the row slices `parts` of it.
+    """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
-    Returns tokens and log-probabilities (B, K, L) of the rollouts, log-probabilities (B, L) of the truth, and
-    for the first update a list of prefill's results, with graph: empty if there are several parts.
+    Returns tokens and log-probabilities (B, K, L) of the rollouts, and log-probabilities (B, L) of the truth,
+    all without graph; and what `prefill` returned, with graph, or None if there are several parts.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, reuse = [], len(parts) == 1  # several graphs might not fit in memory
+    pieces, one_part = [], len(parts) == 1  # several graphs might not fit in memory
     for part in parts:
-        with torch.set_grad_enabled(reuse):
+        with torch.set_grad_enabled(one_part):
             cache, target_logp = prefill(policy, batch.history[part], batch.target[part])
-        with torch.no_grad():  # the update runs the admitted, often a tenth, again with graph
+        with torch.no_grad():  # `learn` runs the admitted, often a tenth, again with graph
             select = constrained(sample(uniform[:, part]), policy.constraint)  # items only, if --constrained
-            tokens, logp = tree_decode(policy, cache, select)
-        pieces.append((tokens, logp, target_logp.detach()))
+            pieces.append((*tree_decode(policy, cache, select), target_logp.detach()))
     rollouts, old_logp, all_target_logp = map(all_gather, zip(*pieces, strict=True))
-    return rollouts, old_logp, all_target_logp, [(cache, target_logp)] if reuse else []
+    return rollouts, old_logp, all_target_logp, (cache, target_logp) if one_part else None
+
+
+def draw_negatives(items, prompt, M, generator):
+    """For each prompt, M random rollouts of the other prompts: `items` (B, K) -> items (B, M)."""
+    B, K = items.shape
+    keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
+    # The core leaves out a prompt's own rollouts. Those of its copy, if it is in the batch twice, come last.
+    keys += prompt[:, None] == prompt.repeat_interleave(K)
+    return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
+
+
+def learn(policy, batch, admitted, prefilled, method, cfg):
+    """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
+
+    `admitted` of them, n, learn from rollouts too: their rows in the micro-batch (n,), the rollouts' tokens
+    and log-probabilities (n, K, L) and advantages (n, K). `prefilled` is what `prefill` gave, if kept.
+    """
+    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
+    nll = core.nll_loss(target_logp)  # (b,), eq. 2
+    grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted, as c is in eq. 5
+    if admitted and len(admitted[0]):
+        rows, tokens, old_logp, advantages = admitted
+        cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
+        logp = sequence_logp(policy, cache, tokens)  # again, now with graph
+        grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)  # eq. 4
+        ratio[rows] = (logp.detach() - old_logp).exp().mean((1, 2))
+    loss = method.supervised * nll + cfg.lam * grpo  # eq. 5
+    (loss.sum() / cfg.batch_size).backward()  # a mean over the whole batch, not over the admitted
+    return torch.stack([nll, grpo, ratio], 1).detach()
 
 
 def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Post-train `policy` in place by one of METHODS; reward_fn(history, item) scores items (B, n).
+    """Post-train `policy` in place by METHODS[name]; reward_fn(history, item) scores items (B, n).
 
     log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
     restore(optimizer, generators, name) loads the state of a stopped run and returns the step to start at.
     """
-    row = dict(phase="sft") if name == "sft" else dict(phase="rl", method=name)  # of the log
     method, B, K = METHODS["nll" if name == "sft" else name], cfg.batch_size, cfg.group_size
     peak_lr = cfg.lr if method.supervised else cfg.grpo_lr
     optimizer = Optimizer(policy.model, peak_lr, cfg.rl_steps * cfg.updates)
     purposes = "rollouts", "negatives", "random gate"
     generators = {purpose: make_generator(cfg.seed, purpose, cfg.device) for purpose in purposes}
     # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
-    purpose = "sft" if name == "sft" else "order"
-    order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, purpose)).to(cfg.device)
+    shuffle = make_generator(cfg.seed, "sft" if name == "sft" else "order")
+    order = batches(len(prompts.target), B, cfg.rl_steps, shuffle).to(cfg.device)
     parts = local_micro_batches(B, cfg.micro_batch_size)
     first_step = restore(optimizer, generators, name)
 
     for step in progress(range(first_step, cfg.rl_steps), name):
-        batch, prefilled = prompts.rows(order[step]), []
-        stats, must_be_finite = {}, {}  # to log; to check before a weight moves
+        batch, prefilled, learners = prompts.rows(order[step]), None, [None] * len(parts)
+        stats, watched = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
@@ -398,62 +434,49 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             items = policy.catalogue.item(rollouts)  # (B, K), -1 for a hallucination
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
-            # Negatives: M random rollouts of other prompts. A copy of the prompt gets keys >= 1: last.
-            keys = torch.rand(B, B * K, generator=generators["negatives"], device=items.device)
-            keys += order[step][:, None] == order[step].repeat_interleave(K)
-            negatives = items.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]  # (B, M)
+            negatives = draw_negatives(items, order[step], cfg.negatives, generators["negatives"])  # (B, M)
             pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
             scored, stats = reward_of(reward_fn, batch.history, pool, parts)
             rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
 
-            # -- judge: D, is the truth's rank by the policy beyond tau * K (eq. 7)? R, is its rank by the
-            # ranker within tau * K, and that of every negative beyond (1 - rho) * K (eq. 9)? ---------------
+            # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
             target_mean = core.length_normalized(target_logp)  # (B,), mean log-probability per token
             # A rollout that repeats the truth has to tie with it, and two passes may round differently.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
+            # D: the policy ranks the truth beyond tau * K (eq. 7). R: the ranker ranks it within tau * K, and
+            # every negative beyond (1 - rho) * K (eq. 9).
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            must_be_finite = stats | {"reward of an item": scored}
+            watched = stats | {"reward of an item": scored}
+            rows = [admitted[part].nonzero()[:, 0] for part in parts]
+            learners = [(some, *(x[part][some] for x in (rollouts, old_logp, advantages)))
+                        for part, some in zip(parts, rows, strict=True)]
 
         # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
-        admitted_rows = [admitted[part].nonzero()[:, 0] if method.admit else () for part in parts]
         for _ in range(cfg.updates):
-            terms = []
-            for part, rows in zip(parts, admitted_rows, strict=True):
-                # The first update goes on from rollout()'s prefill and its graph, if there is one part.
-                cache, target_logp = prefilled.pop() if prefilled else prefill(
-                    policy, batch.history[part], batch.target[part])
-                nll = core.nll_loss(target_logp)  # eq. 2, of each prompt of the part
-                grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted
-                if len(rows):  # only their rollouts are run again, now with a graph
-                    cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all
-                    tokens, old, A = (x[part][rows] for x in (rollouts, old_logp, advantages))
-                    logp = sequence_logp(policy, cache, tokens)
-                    grpo[rows] = core.grpo_loss(logp, old, A, epsilon=cfg.epsilon)  # eq. 4
-                    ratio[rows] = (logp.detach() - old).exp().mean((1, 2))
-                loss = method.supervised * nll + cfg.lam * grpo  # eq. 5: grpo is 0 if not admitted (c = 0)
-                (loss.sum() / B).backward()  # a mean over the batch, not over the admitted
-                terms.append(torch.stack([nll, grpo, ratio], 1).detach())
+            terms = [learn(policy, batch.rows(part), some, prefilled, method, cfg)
+                     for part, some in zip(parts, learners, strict=True)]
+            prefilled = None  # its graph serves once; a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **must_be_finite, nll=nll, grpo=grpo)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
 
         if method.admit:  # the mean ratio of the admitted; 1 if there are none
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
             stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
-        log(**row, step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
+        log(step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
         on_step(step + 1, optimizer, generators, name)
 
 
-def train_sft(policy, prompts, cfg, *callbacks, **more):
+def train_sft(policy, prompts, cfg, log, *callbacks, **more):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
                               rl_steps=cfg.sft_steps, updates=1)
-    train_rl(policy, None, prompts, cfg, "sft", *callbacks, **more)
+    train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *callbacks, **more)
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------
@@ -468,7 +491,8 @@ def evaluate(policy, ranker, prompts, cfg):
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)  # [:n] cuts repeats
+        # All processes run equally many rows: beyond the end, the last one again, which [:n] cuts off.
+        rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)
         batch = prompts.rows(rows)
         cache, _ = prefill(policy, batch.history)
         beams, logp = tree_decode(policy, cache, search)
@@ -1589,7 +1613,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             policy.model.load_state_dict(checkpoints.base, strict=False)
             log(phase="valid", method=name, step=0, **start[0])
             checkpoints.best = dict(step=0, hr=start[0].get("hr@10"), weights={})  # the base
-        train_rl(policy, reward, data.rl, cfg, name, log, checkpoints.restore, on_step)
+        rl_log = functools.partial(log, phase="rl", method=name)
+        train_rl(policy, reward, data.rl, cfg, name, rl_log, checkpoints.restore, on_step)
         mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
         admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
         kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
