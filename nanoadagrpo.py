@@ -1226,7 +1226,6 @@ def in_one_line(what, remedy=""):
         raise (error if out_of_memory(error) else told) from None  # of memory, `main` says what helps
 
 
-TORCHRUN = "WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"
 TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
 
 
@@ -1291,17 +1290,10 @@ def sum_gradients(module):
 
 def all_gather(pieces):
     """The rows of this process, in pieces -> those of the whole batch."""
-    local = torch.cat(pieces)
-    if not dist.is_initialized():
-        return local
-    found = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(found, local)
-    return torch.cat(found)
-
-
-def differs(value, device):
-    """Is it another one in another process?"""
-    return len(all_gather([torch.tensor([zlib.crc32(repr(value).encode())], device=device)]).unique()) > 1
+    found = torch.cat([*pieces] * world_size())  # of the size that it will have
+    if dist.is_initialized():
+        dist.all_gather_into_tensor(found, torch.cat(pieces))
+    return found
 
 
 class Optimizer:
@@ -1381,11 +1373,8 @@ def origin_of(cfg, data):
     for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
         content.update(b"" if x is None else x.cpu().numpy().tobytes())
     same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
-    origin = {"set of flags": repr(same), "set of data": content.hexdigest(),
-              "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
-    if differs(origin, cfg.device):  # two machines, perhaps
-        raise UserError("the processes were given different data or flags; give all of them the same")
-    return origin
+    return {"set of flags": repr(same), "set of data": content.hexdigest(),
+            "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
 
 
 class Checkpoints:
@@ -1406,15 +1395,12 @@ class Checkpoints:
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["<tensor>"]] if "<tensor>" in x else x))
-                parts = "base", "best", "policy", "generators", "adamw", "schedule"
-                kinds = dict(phase=str, step=int, rows=list) | dict.fromkeys(parts, dict)
-                wrong = [key for key, kind in kinds.items() if type(self.state[key]) is not kind]
-                if wrong or self.state["phase"] not in ("sft", *methods(cfg)) or self.state["step"] < 1:
-                    raise ValueError(f"its {[*wrong, 'phase or step'][0]} cannot be used")
-                self.base, self.best = self.state["base"], self.state["best"]
-                for key, x in self.origin.items():
-                    if x != self.state["origin"][key]:
-                        raise ValueError(f"the run was begun with another {key}")
+                phase, step, rows, self.base, self.best = (
+                    self.state[key] for key in ("phase", "step", "rows", "base", "best"))
+                if phase not in ("sft", *methods(cfg)) or step < 1 or type(rows) is not list:
+                    raise ValueError("its phase, step or rows cannot be used")
+                if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
+                    raise ValueError(f"the run was begun with another {changed[0]}")
                 model = model_of(self.state["model"])
                 for found in (self.base, self.best.get("weights", {}), self.state["policy"]):
                     if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
@@ -1532,6 +1518,9 @@ def influence_table(row):
 
 def run(cfg):
     """Everything, from the data to the report; returns {method: metrics}."""
+    if cfg.sft_batch_size % world_size() or cfg.batch_size % world_size():
+        raise UserError(f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}: "
+                        f"{world_size()} processes cannot share them equally")
     transformers.utils.logging.disable_progress_bar()  # of saving; ours stay
     transformers.utils.logging.set_verbosity_error()  # no tables before what is refused in one line,
     importlib.import_module("huggingface_hub").logging.set_verbosity_error()  # and no retries
@@ -1539,18 +1528,20 @@ def run(cfg):
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
-    reward = functools.partial(own_reward, cfg, []) if cfg.reward else None
-    if reward:  # about two rows, so that its faults show before the supervised steps
+    reward, parts = None, []
+    if cfg.reward:  # is asked about two rows, so that its faults show before the supervised steps
+        reward = functools.partial(own_reward, cfg, parts)  # which notes the names of its parts
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)  # an item, and no item
-        parts = sorted(named(reward(data.rl.history[:2], one_and_none)))
-        if differs(parts, cfg.device):
-            raise UserError(f"--reward {cfg.reward}: parts {parts}, and others in another process")
+        reward(data.rl.history[:2], one_and_none)
     begun = [x.name for x in Path(cfg.resume).glob("checkpoint-*.safetensors")] if cfg.resume else []
     # Before the folder is made: what is refused leaves none behind. A checkpoint holds the policy.
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
-    origin = origin_of(cfg, data)
-    if differs((sorted(begun), policy and policy.model.config.to_dict()), cfg.device):
-        raise UserError("the processes have different models or checkpoints; give all of them the same")
+    origin, start = origin_of(cfg, data), (sorted(begun), policy and policy.model.config.to_dict())
+    given = {"data or flags": origin, "parts of --reward": parts, "models or checkpoints": start}
+    for what, value in given.items():
+        value = torch.tensor([zlib.crc32(repr(value).encode())], device=cfg.device)
+        if len(all_gather([value]).unique()) > 1:  # two machines, perhaps
+            raise UserError(f"the processes have different {what}; give all of them the same")
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
         if cfg.resume:  # the process that had the lock may have ended the run meanwhile
@@ -1584,9 +1575,6 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         log(phase=phase, method=method, step=step, **metrics, **more)
         return metrics
 
-    def numbers(row):
-        return {k: x for k, x in row.items() if k not in ("phase", "method", "step", "seconds", "memory")}
-
     def on_step(step, optimizer, generators, phase):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
@@ -1601,9 +1589,10 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
     if not checkpoints.base and (len(names) > 1 or cfg.keep == "best"):  # they begin at it, or may end there
         checkpoints.base = copy.deepcopy(weights(policy.model))
     tested = {row["method"] for row in rows if row["phase"] == "test"}
-    start = [numbers(row) for row in rows if row["phase"] == "valid"][:1]  # of the base policy
+    start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
     if not tested:
-        *start, each = evaluate(policy, ranker, prompts["valid"], cfg)
+        metrics, each = evaluate(policy, ranker, prompts["valid"], cfg)
+        start = dict(phase="valid", method="", step=0, **metrics)
         if influence := ranker_influence(policy, reward, prompts["valid"], each, cfg):
             log(phase="influence", step=0, **influence)
             print_main(influence_table(rows[-1]) + "\n")
@@ -1611,8 +1600,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
     for name in [name for name in names if name not in tested]:
         if checkpoints.state.get("phase") != name:
             policy.model.load_state_dict(checkpoints.base, strict=False)
-            log(phase="valid", method=name, step=0, **start[0])
-            checkpoints.best = dict(step=0, hr=start[0].get("hr@10"), weights={})  # the base
+            log(**start | dict(method=name))
+            checkpoints.best = dict(step=0, hr=start.get("hr@10"), weights={})  # the base
         rl_log = functools.partial(log, phase="rl", method=name)
         train_rl(policy, reward, data.rl, cfg, name, rl_log, checkpoints.restore, on_step)
         mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
@@ -1624,7 +1613,9 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
-    results = {row["method"]: numbers(row) for row in rows if row["phase"] == "test"}
+    other = "phase", "method", "step", "seconds", "memory"
+    results = {row["method"]: {key: x for key, x in row.items() if key not in other}
+               for row in rows if row["phase"] == "test"}
     tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
     about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
     about += f"{cfg.device}, {torch.get_num_threads()} threads"
@@ -1657,23 +1648,21 @@ def make_folder(cfg):
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
-        partial = out.parent / f".{os.getpid()}-{time.time_ns()}.partial"
-        created = [parent for parent in out.parents if not os.path.lexists(parent)]
+        above = next(parent for parent in out.parents if os.path.lexists(parent))
+        whole = above / f".{os.getpid()}-{time.time_ns()}.partial" / out.name
         try:
             name.encode()  # what cannot be printed could not be reported either
             if os.path.lexists(out):
                 raise FileExistsError("it exists already")
-            partial.mkdir(parents=True)
-            (partial / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            return partial.rename(out)  # fails if another run has been faster
+            whole.mkdir(parents=True)
+            (whole / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            return whole.rename(out)  # fails if another run has been faster
         except (OSError, ValueError) as error:
             if cfg.out or not os.path.lexists(out):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
-        finally:  # nothing is left but what has been renamed, and the folders that it lies in
-            shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError, ValueError):
-                for parent in created:
-                    parent.rmdir()
+        finally:
+            shutil.rmtree(whole.parent, ignore_errors=True)
 
 
 def refuse_complete(out):
@@ -1752,6 +1741,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     first, _, examples, *_ = __doc__.split("\n\n")
     parser = Parser("nanoadagrpo", "nanoadagrpo.py --toy | --data DIR [...]", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS,  # parsed is what was said, and no defaults
                     description=f"{first}\nMethods: {', '.join(METHODS)}, all.\n\n{examples}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
@@ -1766,30 +1756,21 @@ def parse(argv):
         text = about["help"] + f" (default: {shown})" * (x != "")
         metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
         choices = [*about["choices"], *[""] * (x == "")] if about["choices"] else None
-        group.add_argument(flag, default=x, type=type(x), choices=choices, metavar=metavar, help=text)
-    given = vars(parser.parse_args(argv))
-    if given["resume"]:
+        group.add_argument(flag, type=type(x), choices=choices, metavar=metavar, help=text)
+    given, saved = vars(parser.parse_args(argv)), {}
+    if given.get("resume"):
         out = Path(given["resume"])
         with in_one_line(f"{out!s:.80}/config.json", "name a run of this version"):
-            saved = json.loads((out / "config.json").read_text()) | dict(out="", resume="")
-            Settings(**saved)
-        parser.set_defaults(**saved)
-        given = vars(parser.parse_args(argv))
+            saved = vars(Settings(**json.loads((out / "config.json").read_text())))
         free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
-        if changed := [to_flag(name) for name in saved if given[name] != saved[name] and name not in free]:
+        if changed := [to_flag(name) for name in given if given[name] != saved[name] and name not in free]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
         refuse_complete(out)
-    cfg = Settings(**given)
+    cfg = Settings(**saved | given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
     if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
         raise UserError(f"--log-to {cfg.log_to}: it is not installed; pip install {cfg.log_to}")
-    with in_one_line(*TORCHRUN):
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        unequal = cfg.sft_batch_size % processes or cfg.batch_size % processes
-    if unequal:
-        sizes = f"--sft-batch-size {cfg.sft_batch_size} --batch-size {cfg.batch_size}"
-        raise UserError(f"{sizes}: {processes} processes cannot share them equally")
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and device.startswith("cuda"):  # torchrun, with one process too
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1813,7 +1794,7 @@ interrupt.code = 0  # the exit code, once there was a signal
 
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
-    handlers, interrupt.code, interrupt.process = {}, 0, os.getpid()
+    at_the_end, interrupt.code, interrupt.process = contextlib.ExitStack(), 0, os.getpid()
     try:
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -1822,12 +1803,13 @@ def main(argv=None):
             # Imported later, it would keep the group, whose threads would then outlive the destruction below:
             # one in a hundred complete runs ended in SIGABRT.
             importlib.import_module("torch.distributed.nn")
-            with in_one_line(*TORCHRUN):
+            with in_one_line("WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"):
                 dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo",
                                         timeout=datetime.timedelta(days=1))  # for the ranker of one of them
+            at_the_end.callback(dist.destroy_process_group)
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, interrupt)
+                at_the_end.callback(signal.signal, number, signal.signal(number, interrupt))
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         text, code, process = str(error), 2, os.environ.get("RANK", "0")
@@ -1851,10 +1833,7 @@ def main(argv=None):
             print(f"nanoadagrpo: {text}", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        at_the_end.close()
 
 
 if __name__ == "__main__":

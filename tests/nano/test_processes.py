@@ -2,6 +2,7 @@
 """Micro-batches and several processes are a matter of memory and time: the training is that of the whole batch."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -313,22 +314,13 @@ def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(m
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "two_scores.py").write_text(TWO_SCORES)
     jsonl(tmp_path / "shop")
-    assert not nano.differs(["a"], "cpu")
-    both = nano.all_gather
-    monkeypatch.setattr(nano, "all_gather", lambda pieces: (
-        torch.cat([*pieces, pieces[0] + 1]) if pieces[0].dtype == torch.long and pieces[0].numel() == 1
-        else both(pieces)))
-    assert nano.differs(["a"], "cpu")
-    line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
-    assert "parts ['item', 'last'], and others in another process" in line and not (tmp_path / "here").exists()
-    line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
-    assert line == "nanoadagrpo: the processes were given different data or flags; give all of them the same"
-    assert not (tmp_path / "here").exists()
-    monkeypatch.setattr(nano, "all_gather", both)
-    monkeypatch.setattr(nano, "differs", lambda value, device: isinstance(value, tuple))  # model and rows so far
-    line = refused(capsys, lambda: nano.main([*OPTIONS, "--reward", "", "--out", "here"]))
-    assert "the processes have different models or checkpoints; give all of them the same" in line
-    assert not (tmp_path / "here").exists()
+    for number, what in enumerate(["data or flags", "parts of --reward", "models or checkpoints"]):
+        asked = itertools.count()
+        monkeypatch.setattr(nano, "all_gather", lambda pieces, asked=asked, number=number: torch.cat(
+            [*pieces, pieces[0] + (next(asked) == number)]))
+        line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
+        assert line == f"nanoadagrpo: the processes have different {what}; give all of them the same"
+        assert not (tmp_path / "here").exists()
 
 
 def test_a_reward_that_fails_in_another_process_alone_is_not_told_as_this_ones_fault(monkeypatch, capsys, tmp_path):
@@ -337,10 +329,10 @@ def test_a_reward_that_fails_in_another_process_alone_is_not_told_as_this_ones_f
     (tmp_path / "two_scores.py").write_text(TWO_SCORES)
     jsonl(tmp_path / "shop")
 
-    def differs(value, device):
+    def all_gather(pieces):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34448")
 
-    monkeypatch.setattr(nano, "differs", differs)
+    monkeypatch.setattr(nano, "all_gather", all_gather)
     line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
     assert line.startswith("nanoadagrpo: another process has stopped") and not (tmp_path / "here").exists()
 
@@ -388,12 +380,17 @@ def test_of_several_processes_the_first_says_what_is_wrong_or_else_the_one_that_
     assert said[0].startswith("nanoadagrpo: process 1: " if rank == "1" else "nanoadagrpo: --group-size 1: must be")
 
 
-def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch, capsys, tmp_path):
+    """And nothing is begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nano, "world_size", lambda: 3)
     for flag, size, other in (("--sft-batch-size", 128, "--batch-size"), ("--batch-size", 64, "--sft-batch-size")):
-        with pytest.raises(nano.UserError, match=rf"{flag} {size}\b.*: 3 processes cannot share"):
-            nano.parse(["--toy", other, "9"])
-    nano.parse(["--toy", "--sft-batch-size", "9", "--batch-size", "6"])
+        line = refused(capsys, lambda other=other: nano.main(["--toy", "--device", "cpu", other, "9"]))
+        assert re.search(rf"{flag} {size}\b.*: 3 processes cannot share", line)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(nano, "toy_world", lambda cfg: sys.exit(77))  # it would begin now
+    with pytest.raises(SystemExit, match="77"):
+        nano.main(["--toy", "--device", "cpu", "--sft-batch-size", "9", "--batch-size", "6"])
 
 
 @pytest.mark.parametrize("given", [{"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "RANK": "0"},

@@ -329,7 +329,7 @@ def test_a_checkpoint_that_lacks_something_is_named_in_one_line(here, capsys, ke
 def test_a_checkpoint_of_no_step_of_this_run_is_refused(here, capsys, key, value):
     forge(checkpoint(here), lambda state: state.update({key: value}))
     line = refused(capsys, lambda: resume("here"))
-    assert f"here/{checkpoint(here).name}: its phase or step cannot be used" in line
+    assert f"here/{checkpoint(here).name}: its phase, step or rows cannot be used" in line
 
 
 def test_a_checkpoint_that_is_forged_into_itself_is_read(here, shop):
