@@ -1384,8 +1384,9 @@ class Checkpoints:
     that is killed at any moment has a whole one, or none yet. The checksum in its name shows later damage.
     """
 
-    def __init__(self, out, cfg, catalogue, origin):
-        self.out, self.origin, self.policy, self.state, self.base, self.best = out, origin, None, {}, {}, {}
+    def __init__(self, out, cfg, catalogue, origin, rows):
+        self.out, self.origin, self.rows, self.policy, self.phase = out, origin, rows, None, None
+        self.state, self.base, self.best = {}, {}, {}
         if cfg.resume and self.files():
             path = self.files()[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):
@@ -1395,10 +1396,8 @@ class Checkpoints:
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["<tensor>"]] if "<tensor>" in x else x))
-                phase, step, rows, self.base, self.best = (
-                    self.state[key] for key in ("phase", "step", "rows", "base", "best"))
-                if phase not in ("sft", *methods(cfg)) or step < 1 or type(rows) is not list:
-                    raise ValueError("its phase, step or rows cannot be used")
+                self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
+                self.phase, self.step = last.get("method", "sft"), last["step"]
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 model = model_of(self.state["model"])
@@ -1406,13 +1405,14 @@ class Checkpoints:
                     if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
                         raise ValueError("its weights are of another model")
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
+                rows[:] = self.state["rows"]
 
     def files(self):
         return sorted(self.out.glob("checkpoint-*.safetensors"))  # oldest first
 
     def restore(self, optimizer, generators, phase):
         """The step at which to begin; in the phase in which the run stopped, with all as it was."""
-        if phase != self.state.get("phase"):
+        if phase != self.phase:
             return 0
         state, self.state = self.state, {}
         with in_one_line(self.files()[-1], "mend that, or begin a new run"):
@@ -1421,9 +1421,9 @@ class Checkpoints:
             memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
             optimizer.adamw.load_state_dict(state["adamw"] | {"state": memory})
             optimizer.schedule.load_state_dict(state["schedule"])
-            return state["step"]
+            return self.step
 
-    def save(self, policy, rows, step, optimizer, generators, phase):
+    def save(self, policy, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
 
         def number(tensor):
@@ -1435,9 +1435,8 @@ class Checkpoints:
         parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
         kinds = {kind: {name: getattr(part, f"_{kind}", None) for name, part in parts.items()}
                  for kind in ("attn_implementation", "experts_implementation")}  # which to_dict leaves out
-        state = dict(phase=phase, step=step, origin=self.origin, rows=rows, generators=generators,
-                     base=self.base, best=self.best, policy=weights(policy.model),
-                     model=config.to_dict() | kinds,
+        state = dict(origin=self.origin, rows=self.rows, base=self.base, best=self.best,
+                     policy=weights(policy.model), model=config.to_dict() | kinds, generators=generators,
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1446,7 +1445,7 @@ class Checkpoints:
             with partial.open("r+b") as file:  # Windows syncs no file that is only read
                 os.fsync(file.fileno())
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            partial.rename(self.out / f"checkpoint-{len(rows):010d}-{checksum}.safetensors")
+            partial.rename(self.out / f"checkpoint-{len(self.rows):010d}-{checksum}.safetensors")
         finally:
             partial.unlink(missing_ok=True)
         for path in older:
@@ -1546,8 +1545,8 @@ def run(cfg):
     with locked(out, rows):
         if cfg.resume:  # the process that had the lock may have ended the run meanwhile
             refuse_complete(out)
-        checkpoints = Checkpoints(out, cfg, data.catalogue, origin)
-        policy, rows[:] = checkpoints.policy or policy, checkpoints.state.get("rows", [])
+        checkpoints = Checkpoints(out, cfg, data.catalogue, origin, rows)
+        policy = checkpoints.policy or policy
         broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
@@ -1571,8 +1570,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
                "valid": subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")}
 
     def measure(phase, method, step, **more):
-        metrics, _ = evaluate(policy, ranker, prompts[phase], cfg)
-        log(phase=phase, method=method, step=step, **metrics, **more)
+        metrics = evaluate(policy, ranker, prompts[phase], cfg)[0] | more
+        log(phase=phase, method=method, step=step, **metrics)
         return metrics
 
     def on_step(step, optimizer, generators, phase):
@@ -1582,23 +1581,25 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             if cfg.keep == "best" and hr > checkpoints.best["hr"]:
                 checkpoints.best = dict(step=step, hr=hr, weights=copy.deepcopy(weights(policy.model)))
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
-            checkpoints.save(policy, rows, step, optimizer, generators, phase)
+            checkpoints.save(policy, optimizer, generators)
 
-    if checkpoints.state.get("phase") not in names:
+    if checkpoints.phase not in names:
         train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
     if not checkpoints.base and (len(names) > 1 or cfg.keep == "best"):  # they begin at it, or may end there
         checkpoints.base = copy.deepcopy(weights(policy.model))
-    tested = {row["method"] for row in rows if row["phase"] == "test"}
+    other = "phase", "method", "step", "seconds", "memory"
+    results = {row["method"]: {key: x for key, x in row.items() if key not in other}
+               for row in rows if row["phase"] == "test"}  # so far
     start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
-    if not tested:
+    if not results:
         metrics, each = evaluate(policy, ranker, prompts["valid"], cfg)
         start = dict(phase="valid", method="", step=0, **metrics)
         if influence := ranker_influence(policy, reward, prompts["valid"], each, cfg):
             log(phase="influence", step=0, **influence)
             print_main(influence_table(rows[-1]) + "\n")
-        measure("test", "base", 0)
-    for name in [name for name in names if name not in tested]:
-        if checkpoints.state.get("phase") != name:
+        results["base"] = measure("test", "base", 0)
+    for name in [name for name in names if name not in results]:
+        if checkpoints.phase != name:
             policy.model.load_state_dict(checkpoints.base, strict=False)
             log(**start | dict(method=name))
             checkpoints.best = dict(step=0, hr=start.get("hr@10"), weights={})  # the base
@@ -1609,13 +1610,10 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
         if kept:
             policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
-        measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
+        results[name] = measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
-    other = "phase", "method", "step", "seconds", "memory"
-    results = {row["method"]: {key: x for key, x in row.items() if key not in other}
-               for row in rows if row["phase"] == "test"}
     tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
     about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
     about += f"{cfg.device}, {torch.get_num_threads()} threads"
@@ -1708,16 +1706,15 @@ def check_settings(cfg):
     """Refuse what cannot work, alone or together, and name the flags that mend it."""
     for field in dataclasses.fields(cfg):
         x, (low, high), kind = getattr(cfg, field.name), field.metadata["range"], type(field.default)
-        choices = field.metadata["choices"]  # argparse checks both, but not in a config.json that was edited
-        fits = type(x) is kind or (kind is float and type(x) is int)
+        flag, choices = to_flag(field.name), field.metadata["choices"]
+        fits = type(x) is kind or (kind is float and type(x) is int)  # a config.json may have been edited
         if not fits or (choices and x not in (field.default, *choices)):
-            raise UserError(f"{to_flag(field.name)} {x!r:.80}: expected something like {field.default!r}")
+            raise UserError(f"{flag} {x!r:.80}: expected {', '.join(choices) or kind.__name__}")
         if kind in (int, float) and not low <= x <= high:
-            raise UserError(f"{to_flag(field.name)} {x!s:.80}: must be finite, {low} or more, at most {high}")
+            raise UserError(f"{flag} {x!s:.80}: must be finite, {low} or more, at most {high}")
     names, B, K, M = methods(cfg), cfg.batch_size, cfg.group_size, cfg.negatives
-    for name in names:
-        if name not in METHODS or names.count(name) > 1:
-            raise UserError(f"--method {name:.80}: choose from {', '.join(METHODS)}, all; each once")
+    if wrong := [name for name in names if name not in METHODS or names.count(name) > 1]:
+        raise UserError(f"--method {wrong[0]:.80}: choose from {', '.join(METHODS)}, all; each once")
     if cfg.keep == "best" and cfg.beam_width < 10:
         raise UserError("--keep best: chosen by HR@10, which needs --beam-width 10 or more")
     if names == ["nll"]:
@@ -1745,7 +1742,6 @@ def parse(argv):
                     description=f"{first}\nMethods: {', '.join(METHODS)}, all.\n\n{examples}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
-    group = parser
     for field in dataclasses.fields(Settings):
         x, about, flag = field.default, field.metadata, to_flag(field.name)
         group = parser.add_argument_group(about["group"]) if about["group"] else group
@@ -1755,8 +1751,7 @@ def parse(argv):
         shown = f"{x:.3g}" if isinstance(x, float) else x
         text = about["help"] + f" (default: {shown})" * (x != "")
         metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
-        choices = [*about["choices"], *[""] * (x == "")] if about["choices"] else None
-        group.add_argument(flag, type=type(x), choices=choices, metavar=metavar, help=text)
+        group.add_argument(flag, type=type(x), metavar="|".join(about["choices"]) or metavar, help=text)
     given, saved = vars(parser.parse_args(argv)), {}
     if given.get("resume"):
         out = Path(given["resume"])
