@@ -1744,7 +1744,8 @@ def parse(argv):
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
     for field in dataclasses.fields(Settings):
         x, about, flag = field.default, field.metadata, to_flag(field.name)
-        group = parser.add_argument_group(about["group"]) if about["group"] else group
+        if about["group"]:  # begins with this one
+            group = parser.add_argument_group(about["group"])
         if x is False:
             group.add_argument(flag, action="store_true", help=about["help"])
             continue
@@ -1777,7 +1778,7 @@ def parse(argv):
 def interrupt(number, frame):  # Ctrl-C or SIGTERM
     if os.getpid() != interrupt.process:  # a child that a reward has forked ends as any other
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, lambda *_: None)
     interrupt.code = 128 + number
