@@ -1226,9 +1226,6 @@ def in_one_line(what, remedy=""):
         raise (error if out_of_memory(error) else told) from None  # of memory, `main` says what helps
 
 
-TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
-
-
 def make_generator(seed, purpose, device="cpu"):
     """A generator for each purpose: drawing more in one place changes nothing anywhere else."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
@@ -1306,7 +1303,7 @@ class Optimizer:
 
     def step(self, where, **watched):
         """Returns norm before clipping and learning rate. No weight moves if `watched` is not finite."""
-        if interrupt.code:  # code of the user's has swallowed the signal
+        if getattr(interrupt, "code", 0):  # code of the user's has swallowed the signal
             raise KeyboardInterrupt
         lr = self.schedule.get_last_lr()[0]
         watched["gradient norm"] = norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -1321,6 +1318,8 @@ class Optimizer:
 
 
 # -- what a run writes ---------------------------------------------------------------------------------------
+
+TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
 
 
 def make_tracker(out, cfg):
@@ -1781,11 +1780,8 @@ def interrupt(number, frame):  # Ctrl-C or SIGTERM
         signal.raise_signal(number)
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, lambda *_: None)
-    interrupt.code = 128 + number
+    interrupt.code = 128 + number  # to exit with; 0 while there was no signal
     raise KeyboardInterrupt
-
-
-interrupt.code = 0  # the exit code, once there was a signal
 
 
 def main(argv=None):
