@@ -1287,7 +1287,7 @@ def sum_gradients(module):
 
 def all_gather(pieces):
     """The rows of this process, in pieces -> those of the whole batch."""
-    found = torch.cat([*pieces] * world_size())  # of the size that it will have
+    found = torch.cat([*pieces] * world_size())  # of the right size; others' rows come into their places
     if dist.is_initialized():
         dist.all_gather_into_tensor(found, torch.cat(pieces))
     return found
@@ -1396,7 +1396,7 @@ class Checkpoints:
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["<tensor>"]] if "<tensor>" in x else x))
                 self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
-                self.phase, self.step = last.get("method", "sft"), last["step"]
+                self.phase, self.step = last.get("method", "sft"), last["step"]  # after that row it was saved
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 model = model_of(self.state["model"])
@@ -1586,8 +1586,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
     if not checkpoints.base and (len(names) > 1 or cfg.keep == "best"):  # they begin at it, or may end there
         checkpoints.base = copy.deepcopy(weights(policy.model))
-    other = "phase", "method", "step", "seconds", "memory"
-    results = {row["method"]: {key: x for key, x in row.items() if key not in other}
+    labels = "phase", "method", "step", "seconds", "memory"
+    results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
                for row in rows if row["phase"] == "test"}  # so far
     start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
     if not results:
@@ -1653,7 +1653,7 @@ def make_folder(cfg):
                 raise FileExistsError("it exists already")
             whole.mkdir(parents=True)
             (whole / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            out.parent.mkdir(parents=True, exist_ok=True)
+            out.parent.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves none
             return whole.rename(out)  # fails if another run has been faster
         except (OSError, ValueError) as error:
             if cfg.out or not os.path.lexists(out):
@@ -1737,7 +1737,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     first, _, examples, *_ = __doc__.split("\n\n")
     parser = Parser("nanoadagrpo", "nanoadagrpo.py --toy | --data DIR [...]", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS,  # parsed is what was said, and no defaults
+                    argument_default=argparse.SUPPRESS,  # what is parsed are the flags that were given
                     description=f"{first}\nMethods: {', '.join(METHODS)}, all.\n\n{examples}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
