@@ -1400,9 +1400,7 @@ class Checkpoints:
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 model = model_of(self.state["model"])
-                for found in (self.base, self.best.get("weights", {}), self.state["policy"]):
-                    if model.load_state_dict(found, strict=False).unexpected_keys:  # tied ones are there once
-                        raise ValueError("its weights are of another model")
+                model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
 

@@ -316,7 +316,7 @@ def test_a_checkpoint_whose_model_cannot_be_built_is_named_in_one_line(here, cap
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
-@pytest.mark.parametrize("key", ["rows", "generators", "adamw", "schedule", "origin", "policy", "base", "best"])
+@pytest.mark.parametrize("key", ["rows", "generators", "adamw", "schedule", "origin", "policy"])
 @pytest.mark.parametrize("how", ["gone", "empty"])
 def test_a_checkpoint_that_lacks_something_is_named_in_one_line(here, capsys, key, how):
     path = checkpoint(here)
