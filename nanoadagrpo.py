@@ -625,29 +625,19 @@ def load_data(folder, cfg):
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md"
                         + "; if the data have moved, name them by --data" * bool(cfg.resume))
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
-    others = [other for other, _ in LAYOUTS.values() if other != ending]
-    for path in (folder / f"{name}{other}" for name in ("rl", "log") for other in others):
-        if os.path.lexists(path):
+    for name, (other, _) in itertools.product(("rl", "log"), LAYOUTS.values()):
+        if other != ending and os.path.lexists(path := folder / f"{name}{other}"):
             raise UserError(f"{path}: {source} goes with {ending} files; convert this one, or move it away")
 
-    def read(name, *fields):
-        """Each field of the rows as a tensor (n, longest), -1 where a row has less; None if not recorded."""
-        columns = zip(*read_rows(folder / name, catalogue, source, fields), strict=True)
-        for field, rows in zip(fields, columns, strict=True):
-            side = "left" if field == "history" else "right"
-            rows = [row[-cfg.max_history :] for row in rows] if field == "history" else rows
-            yield None if rows[0] is None else nn.utils.rnn.pad_sequence(
-                [torch.tensor(row or [-1]) for row in rows], True, -1, side).to(device)
-
     def prompts(name):
-        history, target = read(name, "history", "target")
+        history, target = read_rows(folder / name, catalogue, source, cfg)
         return Prompts(history, target[:, 0], torch.arange(len(target), device=device))
 
     train, valid, test = map(prompts, ("train", "valid", "test"))
     labelled = prompts("rl") if os.path.lexists(folder / f"rl{ending}") else train
     rl = subset(labelled, cfg.rl_prompts, cfg.seed, "prompts of the method")
     if os.path.lexists(folder / f"log{ending}"):
-        history, shown, click, order = read("log", "history", "shown", "click", "order")
+        history, shown, click, order = read_rows(folder / "log", catalogue, source, cfg)
         log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
         n = len(shown) - int(len(shown) * cfg.log_holdout + 1e-9)
         if not log.click[:n].any():
@@ -699,75 +689,79 @@ def once(pairs):
     return found
 
 
-def read_rows(path, catalogue, source, fields):
-    """Lists of items or of 0 and 1, one for each field; a row that cannot be used is refused by its line."""
-    (ending, names), found, example = LAYOUTS[source], [], [*next(iter(catalogue.row))]
+def read_rows(path, catalogue, source, cfg):
+    """Prompts, as tensors history and target; or the log: history, shown, click, order (None: in no row).
+
+    Each is (n, longest), -1 where a row has less. A row that cannot be used is refused by its line.
+    """
+    (ending, names), is_log, found = LAYOUTS[source], path.name == "log", []
     path, is_csv = path.with_suffix(ending), ending == ".csv"
-    known = {repr([*sid]): i for sid, i in catalogue.row.items()}
-    columns = {field: names.get(field, field) for field in fields}
+    spell = "".join if is_csv else list  # a Semantic ID as the rows have it
+    items = {repr(spell(sid)): i for sid, i in catalogue.row.items()}  # repr: 0.0 and False are equal to 0
+    flags, sid = {"0": 0, "1": 1, "False": 0, "True": 1}, spell(next(iter(catalogue.row)))
+    like = dict(shown=[sid, sid], click=[1, 0], order=[0, 0]) if is_log else dict(target=sid)
+    like = dict(history=[sid, sid], **like)
+    columns = {field: names.get(field, field) for field in like}
     with in_one_line(path, f"{source} needs train, valid and test{ending} beside it, in UTF-8"):
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
 
     def parse(field, x):
         if field == "order" and x is None:
             return None
-        if is_csv and field != "target":  # lists are Python literals: parsed as such, never evaluated
-            joined = re.search(r"['\"]\s+['\"]", x)  # NumPy prints no commas, Python would join words
-            x = None if joined else ast.literal_eval(x)
+        if is_csv and field != "target":
+            x = ast.literal_eval(x)  # a Python list: parsed as such, never evaluated
         x = [x] if field == "target" else x
-        if not isinstance(x, list) or not (x or (field == "history" and "shown" in fields)):
+        if not isinstance(x, list) or not (x or (is_log and field == "history")):
             raise TypeError
-        if field in ("click", "order"):
-            if not all(type(y) in (int, bool) and y in (0, 1) for y in x):
-                raise UserError(f"{field} {x!r:.40} holds more than 0 and 1")
-            return [*map(int, x)]
-        sids = [re.findall("<[^<>]+>", re.fullmatch("(<[^<>]+>)+", y)[0]) for y in x] if is_csv else x
-        for sid in sids:
-            if repr(sid) not in known:  # of the same types too: 0.0 and False are equal to 0
-                raise UserError(f"Semantic ID {sid!r:.60} is not in {source}, where all are like "
-                                f"{example!r:.60}, {catalogue.L} tokens, numbers or text")
-        return [known[repr(sid)] for sid in sids]
+        number = flags if field in ("click", "order") else items
+        read = [number.get(repr(y)) for y in x]
+        if None in read and number is flags:
+            raise UserError(f"{field} {x!r:.40} holds more than 0 and 1")
+        if None in read:
+            raise UserError(f"Semantic ID {x[read.index(None)]!r:.60} is not in {source}, where all are like "
+                            f"{sid!r:.60}, {catalogue.L} tokens, numbers or text")
+        return read[-cfg.max_history :] if field == "history" else read
 
-    lines, header = text.split("\n") if text else [], ()  # splitlines() would split at U+2028 too
+    rows = text.split("\n") if text else []  # splitlines() would split at U+2028 too
     try:
         if is_csv:
             warnings.simplefilter("ignore", SyntaxWarning)  # of literals, which are refused in one line
             csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
-            lines = table = csv.DictReader((x + "\n" for x in lines), strict=True)
-            header = list(table.fieldnames or ())
+            rows = csv.DictReader((x + "\n" for x in rows), restval="", strict=True)
+            header = list(rows.fieldnames or ())
             if any(header.count(x) != 1 and (x != "order" or x in header) for x in columns.values()):
                 raise UserError(f"one column for each is needed, there are {header!r:.120}")
-        for row in lines:
+        for row in rows:
             column, cell, x = "the row", row, {}
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
-            if is_csv and None in row:
+            if None in row:
                 raise UserError("more cells than the header has")
-            passed_over = row.keys() - columns.values() if "order" in columns else ()
-            if close := sorted(x for x in passed_over if re.fullmatch(r"\W*order(s|ed)?\W*", x, re.I)):
-                raise UserError(f"{close[0]!r:.40} is not read; call it order, or leave it out")
+            for name in row if is_log else ():
+                if name != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
+                    raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
             for field, column in columns.items():
                 cell = row.get(column, row)
                 x[field] = parse(field, row.get(column))
-            if "click" in x:
-                shown, click, order = x["shown"], x["click"], x["order"]
-                if len(shown) != len(click) or (order and len(order) != len(click)):
+            if is_log:
+                shown, click, order = x["shown"], x["click"], x["order"] or x["click"]
+                if not len(shown) == len(click) == len(order):
                     raise UserError("shown, click and order are not equally long")
-                if order and any(y > z for y, z in zip(order, click, strict=True)):
+                if any(y > z for y, z in zip(order, click, strict=True)):
                     raise UserError("an order without a click")
-                none = order is None
-                if (none and "order" in header) or (found and (found[0][-1] is None) != none):
+                if found and (found[0]["order"] is None) != (x["order"] is None):
                     raise UserError("order has to be there in all rows or in none")
-            found.append([*x.values()])
+            found.append(x)
     except Exception as error:  # a file can be anything
         what = error if isinstance(error, UserError | csv.Error) else f"{column}: got {cell!r:.100}"
-        sid = "".join(map(str, example)) if is_csv else example
-        like = dict(history=[sid, sid], shown=[sid, sid], target=sid, click=[1, 0], order=[0, 0])
-        like = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
-        line = table.reader.line_num or 1 if is_csv else len(found) + 1
-        raise UserError(f"{path}, line {line}: {what}; expected {like}; or drop the row") from None
+        expected = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
+        line = rows.reader.line_num or 1 if is_csv else len(found) + 1
+        raise UserError(f"{path}, line {line}: {what}; expected {expected}; or drop the row") from None
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
-    return found
+    for field, first in found[0].items():
+        side = "left" if field == "history" else "right"
+        yield None if first is None else nn.utils.rnn.pad_sequence(
+            [torch.tensor(x[field] or [-1]) for x in found], True, -1, side).to(cfg.device)
 
 
 # -- the toy world: a shop whose click log misleads in some places; docs/toy.md gives the reasons ------------
