@@ -1133,31 +1133,22 @@ def cut_vocabulary(model, known, catalogue, cfg):
     size, S, L = len(tables[0]), catalogue.S, catalogue.L
     known = {word: row for word, row in known.items() if row is not None and row < size}
     words = [*catalogue.words, QUERY_TOKEN, *([START_TOKEN] if START_TOKEN in known else [])]
-    V, text = len(words), sorted(set(known.values()))
+    V, text, true = len(words), sorted(set(known.values())), []
     text = text if len(text) > 1 else range(size)  # one row has no spread
-
-    def around_the_mean(spread):
-        noise = (torch.randn(V, *table.shape[1:], generator=generator) for table in tables)
-        return [x[text].mean(0) + spread * x[text].std(0) * e for x, e in zip(tables, noise, strict=True)]
-
-    def fill(new, places=slice(None)):
-        for table, rows in zip(tables_of(model), new, strict=True):
-            table[places] = rows
-
-    true, old = around_the_mean(0.1), {i: known[word] for i, word in enumerate(words) if word in known}
-    for table, rows in zip(tables, true, strict=True):
-        rows[[*old]] = table[[*old.values()]]
+    old = {i: known[word] for i, word in enumerate(words) if word in known}
+    for table in tables:
+        mean, spread = table[text].mean(0), table[text].std(0)
+        true.append(mean + 0.1 * spread * torch.randn(V, *table.shape[1:], generator=generator))
+        true[-1][[*old]] = table[[*old.values()]]
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
         config.bos_token_id = V - 1 if START_TOKEN in known else None
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
     # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
-    # alike, which would hide faults: until it has passed, rows are as far apart as in a trained model.
-    apart = around_the_mean(1.0)
-    model.resize_token_embeddings(max(size, V), mean_resizing=False)
-    places = torch.randperm(max(size, V), generator=generator)[:V]
-    fill(apart, places)
+    # alike, which would hide faults: until it has passed, rows of the model's own take their places.
+    places = torch.randint(size, (V,), generator=generator)
+    taken = [table[places] for table in tables]
     sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
     history[1, :-1] = -1  # the other one has but one item: positions may depend on the longest row
@@ -1170,7 +1161,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
     model.resize_token_embeddings(V, mean_resizing=False)
     for table in (x for x in model.modules() if isinstance(x, nn.Embedding)):
         table.padding_idx = None  # its row would get no gradient, but would in a resumed run
-    fill(apart)
+    for table, rows in zip(tables_of(model), taken, strict=True):
+        table[:] = rows
     policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
@@ -1180,7 +1172,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
-    fill(true)
+    for table, rows in zip(tables_of(model), true, strict=True):
+        table[:] = rows
     with in_one_line("it would not load again from what is saved of it"), torch.device("meta"):
         model_of(model.config.to_dict()).load_state_dict(model.state_dict(), assign=True)
     print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")

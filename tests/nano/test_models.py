@@ -223,6 +223,16 @@ def test_known_words_bring_their_rows_and_new_ones_start_apart_around_the_mean(f
             assert torch.cdist(table[new], table[new]).add(torch.eye(len(new)) * 9).min() > 0.02
 
 
+def test_a_table_with_more_rows_than_the_policy_has_words_is_cut(tmp_path):
+    folder = save_model(tmp_path / "model", words=KNOWN, size=200)
+    policy, before = load(folder), load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    made = policy.model.get_input_embeddings().weight
+    assert len(made) == policy.model.config.vocab_size == CATALOGUE.S + 2
+    assert torch.equal(made[[0, CATALOGUE.S, CATALOGUE.S + 1]], before[[4, 5, 0]])
+    with pytest.raises(nano.UserError, match=TREE):
+        load(save_model(tmp_path / "window", "mistral", words=KNOWN, size=200, sliding_window=8))
+
+
 def test_a_folder_without_a_tokenizer_is_taken_and_knows_no_words(tmp_path):
     policy = load(save_model(tmp_path / "model", words=()))
     assert policy.start is None and policy.model.config.vocab_size == CATALOGUE.S + 1
