@@ -612,9 +612,7 @@ class Data(NamedTuple):
     world: dict | None = None  # the toy's truth, which no learner may see
 
 
-LAYOUTS = {  # catalogue file -> ending of the files beside it, and their names for our fields
-    "index.json": (".csv", dict(history="history_item_sid", target="item_sid", shown="shown_item_sid")),
-    "catalogue.json": (".jsonl", {})}
+LAYOUTS = {"index.json": ".csv", "catalogue.json": ".jsonl"}  # catalogue -> ending of the files beside it
 
 
 def load_data(folder, cfg):
@@ -624,27 +622,27 @@ def load_data(folder, cfg):
     if not source:
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md"
                         + "; if the data have moved, name them by --data" * bool(cfg.resume))
-    catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source][0]
-    for name, (other, _) in itertools.product(("rl", "log"), LAYOUTS.values()):
+    catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source]
+    for name, other in itertools.product(("rl", "log"), LAYOUTS.values()):
         if other != ending and os.path.lexists(path := folder / f"{name}{other}"):
             raise UserError(f"{path}: {source} goes with {ending} files; convert this one, or move it away")
 
     def prompts(name):
-        history, target = read_rows(folder / name, catalogue, source, cfg)
+        history, target = read_rows(folder / f"{name}{ending}", catalogue, source, cfg)
         return Prompts(history, target[:, 0], torch.arange(len(target), device=device))
 
     train, valid, test = map(prompts, ("train", "valid", "test"))
     labelled = prompts("rl") if os.path.lexists(folder / f"rl{ending}") else train
     rl = subset(labelled, cfg.rl_prompts, cfg.seed, "prompts of the method")
     if os.path.lexists(folder / f"log{ending}"):
-        history, shown, click, order = read_rows(folder / "log", catalogue, source, cfg)
-        log = ImpressionLog(history, shown, click > 0, order if order is None else order > 0)
-        n = len(shown) - int(len(shown) * cfg.log_holdout + 1e-9)
+        log = ImpressionLog(*read_rows(folder / f"log{ending}", catalogue, source, cfg))
+        rows = len(log.item)
+        n = rows - int(rows * cfg.log_holdout + 1e-9)
         if not log.click[:n].any():
             raise UserError(f"{folder}/log{ending}: no click in the first {n} rows, which teach the ranker; "
                             "add some, or take the file away: then it learns from purchases")
-        log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(shown) else None
-        origin = f"{n} of {len(shown)} rows of log{ending}"
+        log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < rows else None
+        origin = f"{n} of {rows} rows of log{ending}"
     else:  # the ranker learns to tell what was bought from 15 other items
         n, bought = len(train.target), train.target[:, None]
         generator = make_generator(cfg.seed, "negatives of the ranker", device)
@@ -692,17 +690,18 @@ def once(pairs):
 def read_rows(path, catalogue, source, cfg):
     """Prompts, as tensors history and target; or the log: history, shown, click, order (None: in no row).
 
-    Each is (n, longest), -1 where a row has less. A row that cannot be used is refused by its line.
+    Each is (n, longest), -1 or False where a row has less. What cannot be used is refused by its line.
     """
-    (ending, names), is_log, found = LAYOUTS[source], path.name == "log", []
-    path, is_csv = path.with_suffix(ending), ending == ".csv"
+    is_log, is_csv, found = path.stem == "log", path.suffix == ".csv", []
     spell = "".join if is_csv else list  # a Semantic ID as the rows have it
     items = {repr(spell(sid)): i for sid, i in catalogue.row.items()}  # repr: 0.0 and False are equal to 0
-    flags, sid = {"0": 0, "1": 1, "False": 0, "True": 1}, spell(next(iter(catalogue.row)))
+    flags = {"0": False, "1": True, "False": False, "True": True}
+    sid = spell(next(iter(catalogue.row)))
     like = dict(shown=[sid, sid], click=[1, 0], order=[0, 0]) if is_log else dict(target=sid)
     like = dict(history=[sid, sid], **like)
+    names = dict(history="history_item_sid", target="item_sid", shown="shown_item_sid") if is_csv else {}
     columns = {field: names.get(field, field) for field in like}
-    with in_one_line(path, f"{source} needs train, valid and test{ending} beside it, in UTF-8"):
+    with in_one_line(path, f"{source} needs train, valid and test{path.suffix} beside it, in UTF-8"):
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
 
     def parse(field, x):
@@ -759,9 +758,9 @@ def read_rows(path, catalogue, source, cfg):
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
     for field, first in found[0].items():
-        side = "left" if field == "history" else "right"
+        side, fill = "left" if field == "history" else "right", False if field in ("click", "order") else -1
         yield None if first is None else nn.utils.rnn.pad_sequence(
-            [torch.tensor(x[field] or [-1]) for x in found], True, -1, side).to(cfg.device)
+            [torch.tensor(x[field] or [-1]) for x in found], True, fill, side).to(cfg.device)
 
 
 # -- the toy world: a shop whose click log misleads in some places; docs/toy.md gives the reasons ------------
@@ -841,23 +840,22 @@ def toy_world(cfg, world=World()):
             appeal = (1 - share) * utility + share * bait[item]
             click = of_log.random(item.shape) < 1 / (1 + np.exp(w.click_at - appeal))
             order = click & (of_log.random(item.shape) < 1 / (1 + np.exp(w.order_at - appeal)))
-            logs.append((life[:, t - H : t].copy(), item, click, order))
+            logs.append((life[:, t - H : t], item, click, order))
             liked = utility + popular[item] + of_lives.gumbel(size=item.shape)
             life[:, t] = item[users[:, 0], liked.argmax(1)]  # in proportion to exp(utility): no bait
         else:
             life[:, t] = draw(of_lives, (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
 
-    def table(kind, rows):
-        columns = (np.concatenate(column) for column in zip(*rows, strict=True))
+    def table(kind, steps):  # step by step, user by user
+        columns = map(np.concatenate, zip(*steps, strict=True))
         return kind(*(torch.as_tensor(x, device=cfg.device) for x in columns))
 
     def prompts(start, n):
-        steps = range(start, start + n)
-        return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in steps])
+        return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in range(start, start + n)])
 
     rl = subset(prompts(rl_week, w.rl), cfg.rl_prompts, cfg.seed, "prompts of the method")
     truth = dict(taste=taste, quality=quality, context=context, popularity=popularity, baited=baited,
-                 level1=level1, weight=w.popularity)
+                 level1=level1)
     after = rl_week + w.rl
     return Data(Catalogue(sids, cfg.device), prompts(w.warm_up, w.sft), rl, prompts(after, w.valid),
                 prompts(after + w.valid, w.test), table(ImpressionLog, logs), None, "the toy's log", truth)
@@ -901,12 +899,11 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
     steps = max(least_steps, epochs * len(log.item) // batch)  # a short log is gone through more often
     optimizer = Optimizer(ranker, lr, steps)
-    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker"))
-    longest = (log.item >= 0).sum(1).cpu()[order].amax(1).tolist()  # one long row shall not pad all batches
-    order = order.to(cfg.device)
+    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
     for step in progress(range(steps if rank() == 0 else 0), "ranker"):
         history, *shown = log.rows(order[step])
-        item, click, ordered = (x if x is None else x[:, : longest[step]] for x in shown)
+        longest = (shown[0] >= 0).sum(1).max()  # one long row shall not pad all batches
+        item, click, ordered = (x if x is None else x[:, :longest] for x in shown)
         logit, click, shown = ranker(history, item), click.float(), (item >= 0).float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click, weight=shown)
         if ordered is not None:  # an order can be seen only where there was a click
