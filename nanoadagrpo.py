@@ -636,13 +636,12 @@ def load_data(folder, cfg):
     rl = subset(labelled, cfg.rl_prompts, cfg.seed, "prompts of the method")
     if os.path.lexists(folder / f"log{ending}"):
         log = ImpressionLog(*read_rows(folder / f"log{ending}", catalogue, source, cfg))
-        rows = len(log.item)
-        n = rows - int(rows * cfg.log_holdout + 1e-9)
+        n = len(log.item) - int(len(log.item) * cfg.log_holdout + 1e-9)
         if not log.click[:n].any():
             raise UserError(f"{folder}/log{ending}: no click in the first {n} rows, which teach the ranker; "
                             "add some, or take the file away: then it learns from purchases")
-        log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < rows else None
-        origin = f"{n} of {rows} rows of log{ending}"
+        origin = f"{n} of {len(log.item)} rows of log{ending}"
+        log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(log.item) else None
     else:  # the ranker learns to tell what was bought from 15 other items
         n, bought = len(train.target), train.target[:, None]
         generator = make_generator(cfg.seed, "negatives of the ranker", device)
@@ -851,7 +850,8 @@ def toy_world(cfg, world=World()):
         return kind(*(torch.as_tensor(x, device=cfg.device) for x in columns))
 
     def prompts(start, n):
-        return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in range(start, start + n)])
+        steps = range(start, start + n)
+        return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in steps])
 
     rl = subset(prompts(rl_week, w.rl), cfg.rl_prompts, cfg.seed, "prompts of the method")
     truth = dict(taste=taste, quality=quality, context=context, popularity=popularity, baited=baited,
@@ -962,10 +962,8 @@ def own_reward(cfg, names, history, item):
             raise ValueError("a masked array or complex numbers, which torch would read otherwise")
 
         def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
-            if isinstance(x, list | tuple) and any(hasattr(row, "shape") for row in x):
-                return torch.stack([*map(numbers, x)])  # torch takes no list of tensors
             x = x.copy() if isinstance(x, np.ndarray) else x  # it may be read-only
-            return torch.as_tensor(x, dtype=torch.float64, device=item.device)
+            return torch.stack([torch.as_tensor(row, dtype=torch.float64, device=item.device) for row in x])
 
         parts = {key: numbers(parts[key]) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
@@ -1079,12 +1077,11 @@ def make_policy(model, catalogue, cfg):
 
 def pretrained_policy(catalogue, cfg):
     """The causal language model --model, from the hub or a folder, cut to Semantic IDs."""
-    source = cfg.model
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
-    what, remedy = f"--model {source}", ("expected a decoder-only model of plain attention, folder or hub "
+    what, remedy = f"--model {cfg.model}", ("expected a decoder-only model of plain attention, folder or hub "
                                          "name, with config.json and safetensors")
     with in_one_line(what, remedy):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         what += f", a {config.model_type}"
     with in_one_line(what, remedy):
         if config._attn_implementation not in (None, "sdpa", "eager"):
@@ -1093,14 +1090,14 @@ def pretrained_policy(catalogue, cfg):
         context = getattr(config, "max_position_embeddings", None) or T
         if 0 < context < T:
             raise ValueError(f"its context of {context} tokens is too short for {T}; lower --max-history")
-        files, known = " ".join(path.name for path in Path(source).glob("*")), {}  # word -> row of its table
+        files, known = " ".join(path.name for path in Path(cfg.model).glob("*")), {}  # word -> its row
         if "adapter_config.json" in files:
             raise ValueError("it holds an adapter; merge that into the model, and save it")
         if not files or re.search(r"tokenizer|vocab|tekken|\.model\b", files):  # without one it knows no word
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            cfg.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, return_dict=True)
         wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]),
                  *(name for name in found["unexpected_keys"] if not re.search(KEYS_TO_IGNORE, name)),
@@ -1150,22 +1147,21 @@ def cut_vocabulary(model, known, catalogue, cfg):
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
     history[1, :-1] = -1  # the other one has but one item: positions may depend on the longest row
     tokens = catalogue.tokens.cpu()
-    for past, some in zip(history, tokens[item[:, :2]], strict=True):  # two items (2, L) of each tree
-        prompt = torch.tensor([*range(S + 1, V), *tokens[past[past >= 0]].flatten(), S]).expand(len(some), -1)
-        ids = places[torch.cat([prompt, some[:, :-1]], 1)]
-        plain.append(model(input_ids=ids, use_cache=False).logits[:, -L:, places].log_softmax(-1))
-    plain = torch.stack(plain)  # (2, 2, L, V)
+    for past, last in zip(history, tokens[item[:, -1]], strict=True):  # the last item (L,) of each tree
+        ids = places[torch.tensor([[*range(S + 1, V), *tokens[past[past >= 0]].flatten(), S, *last[:-1]]])]
+        plain.append(model(input_ids=ids, use_cache=False).logits[0, -L:, places].log_softmax(-1))
+    plain = torch.stack(plain)  # (2, L, V)
     model.resize_token_embeddings(V, mean_resizing=False)
     for table in (x for x in model.modules() if isinstance(x, nn.Embedding)):
         table.padding_idx = None  # its row would get no gradient, but would in a resumed run
     for table, rows in zip(tables_of(model), taken, strict=True):
         table[:] = rows
     policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
-    expected = plain.gather(-1, tokens[item][:, :2, :, None])[..., 0]
+    expected = plain.gather(-1, tokens[item[:, -1]][..., None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
         cache, tokens = prefill(policy, history.to(cfg.device))[0], tokens[item].to(cfg.device)
         tree = tree_decode(policy, cache, teacher_forcing(tokens))[1]
-        found = torch.stack([tree, sequence_logp(policy, cache, tokens)])[:, :, :2].cpu()
+        found = torch.stack([tree, sequence_logp(policy, cache, tokens)])[:, :, -1].cpu()
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
