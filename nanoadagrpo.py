@@ -918,8 +918,8 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
 @torch.no_grad()
 def judge_ranker(ranker, log):
     """{"click_auc", "order_auc"}: how often what was clicked (of that: ordered) is put above what was not."""
-    found, parts = {}, torch.arange(len(log.item), device=log.item.device).split(1024)
-    p = [ranker.probabilities(log.history[rows], log.item[rows]) for rows in parts]
+    found, parts = {}, zip(log.history.split(1024), log.item.split(1024), strict=True)
+    p = [ranker.probabilities(*part) for part in parts]
     for head, label, counts in (("click", log.click, log.item >= 0), ("order", log.order, log.click)):
         if label is not None:
             x = torch.cat([part[head] for part in p])
@@ -1016,16 +1016,15 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     n, W = item.shape
     if n < 2 or not M or W * cfg.tau < 1:
         return {}
-    u = torch.rand(n, W + 1 + 3 * M, generator=make_generator(cfg.seed, "influence", cfg.device),
-                   device=cfg.device)
-    row = torch.arange(n, device=cfg.device)
-    others = (row[:, None] + 1 + (u[:, :M] * (n - 1)).long()) % n
-    negatives = item[others, (u[:, M : 2 * M] * W).long()]
+    generator, row = make_generator(cfg.seed, "influence", cfg.device), torch.arange(n, device=cfg.device)
+    u = torch.rand(n, W + 1 + 3 * M, generator=generator, device=cfg.device)
+    other, beam, chance = u.split([M, M, W + 1 + M], 1)
+    negatives = item[(row[:, None] + 1 + (other * (n - 1)).long()) % n, (beam * W).long()]
     pool = torch.cat([item, prompts.target[:, None], negatives], 1)  # (n, W + 1 + M)
     parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
     first = torch.cat([first_copy(x) for _, x in parts])
     by_ranker = torch.cat([sum(named(reward(y.history, x)).values()) for y, x in parts]).gather(1, first)
-    by_chance = torch.where(pool < 0, -1.0, u[:, 2 * M :].gather(1, first))
+    by_chance = torch.where(pool < 0, -1.0, chance.gather(1, first))
     target_logp = torch.cat([prefill(policy, x.history, x.target)[1] for x, _ in parts])
     target_logp = core.length_normalized(target_logp)
     logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
@@ -1079,7 +1078,7 @@ def pretrained_policy(catalogue, cfg):
     """The causal language model --model, from the hub or a folder, cut to Semantic IDs."""
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
     what, remedy = f"--model {cfg.model}", ("expected a decoder-only model of plain attention, folder or hub "
-                                         "name, with config.json and safetensors")
+                                            "name, with config.json and safetensors")
     with in_one_line(what, remedy):
         config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         what += f", a {config.model_type}"
