@@ -899,11 +899,12 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
     steps = max(least_steps, epochs * len(log.item) // batch)  # a short log is gone through more often
     optimizer = Optimizer(ranker, lr, steps)
-    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
+    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker"))
+    longest = (log.item >= 0).sum(1).cpu()[order].amax(1).tolist()  # one long row shall not pad all batches
+    order = order.to(cfg.device)
     for step in progress(range(steps if rank() == 0 else 0), "ranker"):
         history, *shown = log.rows(order[step])
-        longest = (shown[0] >= 0).sum(1).max()  # one long row shall not pad all batches
-        item, click, ordered = (x if x is None else x[:, :longest] for x in shown)
+        item, click, ordered = (x if x is None else x[:, : longest[step]] for x in shown)
         logit, click, shown = ranker(history, item), click.float(), (item >= 0).float()
         loss = F.binary_cross_entropy_with_logits(logit[..., 0], click, weight=shown)
         if ordered is not None:  # an order can be seen only where there was a click
@@ -1103,8 +1104,6 @@ def pretrained_policy(catalogue, cfg):
                  *(name for name, p in model.named_parameters() if not p.isfinite().all())]
         if wrong:
             raise ValueError(f"{min(wrong)} is missing, of another shape, not of this model, or not finite")
-        for p in model.parameters():  # copies: where it begins in the file's memory can decide a last digit
-            p.data = p.data.clone()
         return cut_vocabulary(model.eval(), known, catalogue, cfg)
 
 
@@ -1117,31 +1116,39 @@ def tables_of(model):
 
 @torch.no_grad()
 def cut_vocabulary(model, known, catalogue, cfg):
-    """Cut table and head to the words of a policy. known: word -> its row today. Returns the Policy, checked.
+    """A Policy, checked: a new model with the same layers, whose tables are cut to the words of a policy.
 
-    A known word brings its row along. A new one starts near the mean of the model's words: with half of their
-    spread, SmolLM2 began worse than guessing. The model's text words are given up (see docs/models.md).
+    known: word -> its row today, which it brings along. A new word starts near the mean of the model's words:
+    with half of their spread, SmolLM2 began worse than guessing. Text words are given up (docs/models.md).
     """
     tables, generator = tables_of(model), torch.Generator().manual_seed(cfg.seed)
     size, S, L = len(tables[0]), catalogue.S, catalogue.L
     known = {word: row for word, row in known.items() if row is not None and row < size}
     words = [*catalogue.words, QUERY_TOKEN, *([START_TOKEN] if START_TOKEN in known else [])]
-    V, text, true = len(words), sorted(set(known.values())), []
+    V, text, true = len(words), sorted(set(known.values())), {}
     text = text if len(text) > 1 else range(size)  # one row has no spread
     old = {i: known[word] for i, word in enumerate(words) if word in known}
     for table in tables:
         mean, spread = table[text].mean(0), table[text].std(0)
-        true.append(mean + 0.1 * spread * torch.randn(V, *table.shape[1:], generator=generator))
-        true[-1][[*old]] = table[[*old.values()]]
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
-        config.bos_token_id = V - 1 if START_TOKEN in known else None
+        true[table] = mean + 0.1 * spread * torch.randn(V, *table.shape[1:], generator=generator)
+        true[table][[*old]] = table[[*old.values()]]
+
+    config, state = copy.deepcopy(model.config), model.state_dict(keep_vars=True)
+    config.get_text_config().vocab_size = V
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
+        part.bos_token_id, part.pad_token_id = V - 1 if START_TOKEN in known else None, None
+    policy = make_policy(AutoModelForCausalLM.from_config(config), catalogue,
+                         dataclasses.replace(cfg, dtype="float32"))
+
+    def fill(rows):  # of each table; the rest is the model's own
+        policy.model.load_state_dict({name: rows.get(x, x) for name, x in state.items()})
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
     # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
     # alike, which would hide faults: until it has passed, rows of the model's own take their places.
     places = torch.randint(size, (V,), generator=generator)
-    taken = [table[places] for table in tables]
+    fill({table: table[places] for table in tables})
     sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
     history[1, :-1] = -1  # the other one has but one item: positions may depend on the longest row
@@ -1150,12 +1157,6 @@ def cut_vocabulary(model, known, catalogue, cfg):
         ids = places[torch.tensor([[*range(S + 1, V), *tokens[past[past >= 0]].flatten(), S, *last[:-1]]])]
         plain.append(model(input_ids=ids, use_cache=False).logits[0, -L:, places].log_softmax(-1))
     plain = torch.stack(plain)  # (2, L, V)
-    model.resize_token_embeddings(V, mean_resizing=False)
-    for table in (x for x in model.modules() if isinstance(x, nn.Embedding)):
-        table.padding_idx = None  # its row would get no gradient, but would in a resumed run
-    for table, rows in zip(tables_of(model), taken, strict=True):
-        table[:] = rows
-    policy = make_policy(model, catalogue, dataclasses.replace(cfg, dtype="float32"))
     expected = plain.gather(-1, tokens[item[:, -1]][..., None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
         cache, tokens = prefill(policy, history.to(cfg.device))[0], tokens[item].to(cfg.device)
@@ -1164,12 +1165,9 @@ def cut_vocabulary(model, known, catalogue, cfg):
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
-    for table, rows in zip(tables_of(model), true, strict=True):
-        table[:] = rows
-    with in_one_line("it would not load again from what is saved of it"), torch.device("meta"):
-        model_of(model.config.to_dict()).load_state_dict(model.state_dict(), assign=True)
+    fill(true)
     print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
-    return Policy(model, catalogue, cfg, policy.tokenizer)
+    return Policy(policy.model, catalogue, cfg, policy.tokenizer)
 
 
 def model_of(config):

@@ -573,7 +573,7 @@ def test_too_little_memory_is_one_line_that_names_the_flags(refused, monkeypatch
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where, what", [
     (pathlib.Path, "read_text"), (json, "loads"), (nano.AutoConfig, "from_pretrained"),
-    (nano.AutoModelForCausalLM, "from_pretrained"), (nano, "tree_decode"), (nano, "model_of")],
+    (nano.AutoModelForCausalLM, "from_pretrained"), (nano, "tree_decode"), (nano.AutoModelForCausalLM, "from_config")],
     ids=lambda x: getattr(x, "__name__", x))
 def test_too_little_memory_for_data_or_model_is_not_their_fault(refused, folder, monkeypatch, where, what, error):
     jsonl(folder / "shop"), save_model(folder / "model")
