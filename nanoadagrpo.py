@@ -643,11 +643,10 @@ def load_data(folder, cfg):
         origin = f"{n} of {len(log.item)} rows of log{ending}"
         log, holdout = log.rows(slice(n)), log.rows(slice(n, None)) if n < len(log.item) else None
     else:  # the ranker learns to tell what was bought from 15 other items
-        n, bought = len(train.target), train.target[:, None]
-        generator = make_generator(cfg.seed, "negatives of the ranker", device)
+        n, generator = len(train.target), make_generator(cfg.seed, "negatives of the ranker", device)
         others = torch.randint(catalogue.N, (n, 15), generator=generator, device=device)
-        item = torch.cat([bought, others], 1)
-        log, holdout = ImpressionLog(train.history, item, item == bought, None), None
+        item = torch.cat([train.target[:, None], others], 1)
+        log, holdout = ImpressionLog(train.history, item, item == item[:, :1], None), None
         origin = f"train{ending}, what was bought against 15 items at random (there is no log{ending})"
     return Data(catalogue, train, rl, valid, test, log, holdout, origin)
 
@@ -1069,9 +1068,6 @@ def make_policy(model, catalogue, cfg):
     roles = dict(zip(("pad_token", "bos_token"), special, strict=False))  # padding is masked: any will do
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **roles)
     model.generation_config = transformers.GenerationConfig(max_new_tokens=catalogue.L)  # no inherited one
-    for config in (model.config, model.config.get_text_config()):  # with them no saving, or another mask
-        config.output_attentions = config.output_hidden_states = config.output_router_logits = False
-        config.pad_token_id = config.eos_token_id = None  # the row of a padding token would get no gradient
     return Policy(model, catalogue, cfg, tokenizer)
 
 
@@ -1135,9 +1131,11 @@ def cut_vocabulary(model, known, catalogue, cfg):
 
     config, state = copy.deepcopy(model.config), model.state_dict(keep_vars=True)
     config.get_text_config().vocab_size = V
-    for part in (config, config.get_text_config()):
+    for part in (config, config.get_text_config()):  # with outputs no saving, or another mask
         part.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
-        part.bos_token_id, part.pad_token_id = V - 1 if START_TOKEN in known else None, None
+        part.bos_token_id = V - 1 if START_TOKEN in known else None
+        part.pad_token_id = part.eos_token_id = None  # the row of a padding token would get no gradient
+        part.output_attentions = part.output_hidden_states = part.output_router_logits = False
     policy = make_policy(AutoModelForCausalLM.from_config(config), catalogue,
                          dataclasses.replace(cfg, dtype="float32"))
 
