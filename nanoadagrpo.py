@@ -695,29 +695,29 @@ def read_rows(path, catalogue, source, cfg):
     items = {repr(spell(sid)): i for sid, i in catalogue.row.items()}  # repr: 0.0 and False are equal to 0
     flags = {"0": False, "1": True, "False": False, "True": True}
     sid = spell(next(iter(catalogue.row)))
-    like = dict(shown=[sid, sid], click=[1, 0], order=[0, 0]) if is_log else dict(target=sid)
-    like = dict(history=[sid, sid], **like)
-    names = dict(history="history_item_sid", target="item_sid", shown="shown_item_sid") if is_csv else {}
-    columns = {field: names.get(field, field) for field in like}
+    names = ("history_item_sid", "item_sid", "shown_item_sid") if is_csv else ("history", "target", "shown")
+    history, target, shown = names
+    like = {shown: [sid, sid], "click": [1, 0], "order": [0, 0]} if is_log else {target: sid}
+    like = {history: [sid, sid], **like}  # columns, and what their cells look like
     with in_one_line(path, f"{source} needs train, valid and test{path.suffix} beside it, in UTF-8"):
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
 
-    def parse(field, x):
-        if field == "order" and x is None:
+    def parse(column, x):
+        if column == "order" and x is None:
             return None
-        if is_csv and field != "target":
+        if is_csv and column != target:
             x = ast.literal_eval(x)  # a Python list: parsed as such, never evaluated
-        x = [x] if field == "target" else x
-        if not isinstance(x, list) or not (x or (is_log and field == "history")):
+        x = [x] if column == target else x
+        if not isinstance(x, list) or not (x or (is_log and column == history)):
             raise TypeError
-        number = flags if field in ("click", "order") else items
+        number = flags if column in ("click", "order") else items
         read = [number.get(repr(y)) for y in x]
         if None in read and number is flags:
-            raise UserError(f"{field} {x!r:.40} holds more than 0 and 1")
+            raise UserError(f"{column} {x!r:.40} holds more than 0 and 1")
         if None in read:
             raise UserError(f"Semantic ID {x[read.index(None)]!r:.60} is not in {source}, where all are like "
                             f"{sid!r:.60}, {catalogue.L} tokens, numbers or text")
-        return read[-cfg.max_history :] if field == "history" else read
+        return read[-cfg.max_history :] if column == history else read
 
     rows = text.split("\n") if text else []  # splitlines() would split at U+2028 too
     try:
@@ -726,7 +726,7 @@ def read_rows(path, catalogue, source, cfg):
             csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
             rows = csv.DictReader((x + "\n" for x in rows), restval="", strict=True)
             header = list(rows.fieldnames or ())
-            if any(header.count(x) != 1 and (x != "order" or x in header) for x in columns.values()):
+            if any(header.count(x) != 1 and (x != "order" or x in header) for x in like):
                 raise UserError(f"one column for each is needed, there are {header!r:.120}")
         for row in rows:
             column, cell, x = "the row", row, {}
@@ -736,12 +736,12 @@ def read_rows(path, catalogue, source, cfg):
             for name in row if is_log else ():
                 if name != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
                     raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
-            for field, column in columns.items():
+            for column in like:
                 cell = row.get(column, row)
-                x[field] = parse(field, row.get(column))
+                x[column] = parse(column, row.get(column))
             if is_log:
-                shown, click, order = x["shown"], x["click"], x["order"] or x["click"]
-                if not len(shown) == len(click) == len(order):
+                click, order = x["click"], x["order"] or x["click"]
+                if not len(x[shown]) == len(click) == len(order):
                     raise UserError("shown, click and order are not equally long")
                 if any(y > z for y, z in zip(order, click, strict=True)):
                     raise UserError("an order without a click")
@@ -750,15 +750,15 @@ def read_rows(path, catalogue, source, cfg):
             found.append(x)
     except Exception as error:  # a file can be anything
         what = error if isinstance(error, UserError | csv.Error) else f"{column}: got {cell!r:.100}"
-        expected = ", ".join(f"{column} like {like[field]}" for field, column in columns.items())
+        expected = ", ".join(f"{name} like {cells}" for name, cells in like.items())
         line = rows.reader.line_num or 1 if is_csv else len(found) + 1
         raise UserError(f"{path}, line {line}: {what}; expected {expected}; or drop the row") from None
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
-    for field, first in found[0].items():
-        side, fill = "left" if field == "history" else "right", False if field in ("click", "order") else -1
+    for column, first in found[0].items():
+        side, fill = "left" if column == history else "right", False if column in ("click", "order") else -1
         yield None if first is None else nn.utils.rnn.pad_sequence(
-            [torch.tensor(x[field] or [-1]) for x in found], True, fill, side).to(cfg.device)
+            [torch.tensor(x[column] or [-1]) for x in found], True, fill, side).to(cfg.device)
 
 
 # -- the toy world: a shop whose click log misleads in some places; docs/toy.md gives the reasons ------------
