@@ -731,7 +731,7 @@ def read_rows(path, catalogue, source, cfg):
         for row in rows:
             column, cell, x = "the row", row, {}
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
-            if None in row:
+            if is_csv and None in row:
                 raise UserError("more cells than the header has")
             for name in row if is_log else ():
                 if name != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
@@ -1168,11 +1168,6 @@ def cut_vocabulary(model, known, catalogue, cfg):
     return Policy(policy.model, catalogue, cfg, policy.tokenizer)
 
 
-def model_of(config):
-    """A new model of a configuration that was saved."""
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-
-
 # == Part III: the workshop ==================================================================================
 
 
@@ -1374,7 +1369,8 @@ class Checkpoints:
                 self.phase, self.step = last.get("method", "sft"), last["step"]  # after that row it was saved
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
-                model = model_of(self.state["model"])
+                config = AutoConfig.for_model(**self.state["model"])
+                model = AutoModelForCausalLM.from_config(config)
                 model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
