@@ -18,16 +18,16 @@ shop: data, toy world, ranker, models; Part III the workshop: processes, checkpo
 
 Where this differs from the paper, or the paper is silent (for those who know it; else go on below):
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
- 2. Its lambda, epsilon, learning rate, K and M are unknown to us: ours were chosen on seeds 0-3 of the toy.
-    So was rho, 0.3, where the paper has 0.1.
+ 2. Its lambda, epsilon, learning rate, K and M are unknown to us. Epsilon is PPO's 0.2; the others, and rho
+    (0.3, where the paper has 0.1), were chosen on seeds 0-3 of the toy.
  3. Rollouts are sampled from the policy being trained, one update per batch: eq. 4's ratio is 1, up to
     rounding. `--updates 2` takes a second step on the same rollouts; only then `--epsilon` has an effect.
- 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. L tokens that are no
-    item are a hallucination. `--constrained`: only items are sampled and searched; likelihoods stay the same.
+ 4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. L tokens that are no item
+    are a hallucination. `--constrained` samples and searches only items; likelihoods stay those of all words.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
- 6. Rollouts that repeat each other or the truth stay in the pools; ties share the better rank (R: `--ties`).
+ 6. Rollouts that repeat each other or the truth are ranked too; ties share the better rank (R: see `--ties`).
  7. HR counts places among the valid beams only: in service, the others would be dropped. ClkRwd@k and
-    OrdRwd@k, which the paper does not define, are the best score within the first k: its values grow with k.
+    OrdRwd@k, which the paper does not define but whose values grow with k, are the best score up to place k.
  8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
  9. Two controls are added: continued training by NLL alone, and a random gate as wide as AdaGRPO's.
 """
@@ -84,9 +84,9 @@ import adagrpo_core as core
 # == Part I: the method ======================================================================================
 # Shape letters: B prompts, H items of a history, T tokens of a prompt; K rollouts and M negatives of each
 # prompt; L tokens of a Semantic ID; V tokens in the policy's vocabulary, of which S are SID tokens, of all
-# levels; N items; W beams. While Semantic IDs are written: m branches before a level, n after it. An item is
-# its row number in `catalogue.tokens` (N, L); `catalogue.item` finds it by its tokens. -1 is no item: padding
-# on the left of a history, or a hallucination (L tokens that are those of no item).
+# levels; N items; W beams; b, m and n are explained where they are used. The truth, or target, is the item
+# that came next. An item is its row number in `catalogue.tokens` (N, L); `catalogue.item` finds it by its
+# tokens. -1 is no item: padding on the left of a history, or a hallucination (L tokens that are no item's).
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -181,16 +181,16 @@ class Policy:
     def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
-        Returns log-probabilities of what comes next (B, n, V), or of the last `keep` tokens only if it is not
-        0; and the KV cache, longer by n. Every pass is made here, by the model's own forward.
+        Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
+        is not 0; and the KV cache, longer by n. Every pass is made here, by the model's own forward.
         """
         dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # The mask is added to the attention scores. It blocks by a large finite number, also in float32, to
-        # which some models cast it: padding sees nothing, and the softmax of a row of -inf is NaN.
+        # Added to the attention scores. Not -inf: padding sees nothing, and the softmax of a row of -inf is
+        # NaN. Finite in float32 too, to which some models cast it.
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
-        # Weights stay in float32, matrix products are in bfloat16: bfloat16 weights lose small updates.
+        # With bf16, products are in bfloat16, and weights stay in float32: or they would lose small updates.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                                 logits_to_keep=keep, **{self.cache_name: cache}).logits
@@ -238,7 +238,7 @@ def prefill(policy, history, target=None):
 
 
 def unbranched(prefix, n):
-    """Parents (B, n) where none is chosen: 0, the prompt, for all at the first level; then j for branch j."""
+    """Parents (B, n) of n samples: at the first level all continue the prompt, 0; then sample j itself, j."""
     return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
 
 
@@ -256,8 +256,8 @@ def sample(uniform):
 
     def select(prefix, next_logp, branch_logp):
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, m, n / m); m: 1, then n
-        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN finds none
+        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, 1, n), then (B, n, 1)
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN gives V
         return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
 
     return select
@@ -280,14 +280,14 @@ def tree_decode(policy, cache, select):
     Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
 
     The m branches of a level are run as ONE sequence of m tokens. The attention mask shows each of them the
-    prompt, its ancestors and itself: so the prompt is never repeated. For example, of a prompt of 3 tokens
-    and two branches of level 0, two branches of level 1 that both continue the first one see
+    prompt, its ancestors and itself: so the prompt is never repeated. An example: a prompt of 3 tokens, two
+    branches of level 0, and a row for each of two branches of level 1, which both continue the first one:
 
         prompt | level 0 | level 1
          1 1 1 |   1 0   |   1 0
          1 1 1 |   1 0   |   0 1
 
-    To choose parents only reorders the rows of this mask; the KV cache stays as it is.
+    To choose parents is to select rows of this mask, some more than once; the KV cache stays as it is.
     """
     kv_cache, next_logp = cache.kv_cache, cache.next_logp  # (B, 1, V): the only branch is the prompt
     B, T = cache.mask.shape
@@ -327,14 +327,14 @@ def sequence_logp(policy, cache, tokens):
 
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
-# From later parts:
+# Every process has the whole batch, draws all its random numbers, and runs its own slices. From later parts:
 #   batch.history (B, H), batch.target (B,)  prompts and their true items; batch.rows(part), a slice of them
-#   batches(...)              the row numbers of each step
-#   local_micro_batches(...)  the slices of a batch that this process runs
-#   all_gather(pieces)        the rows of all slices and of all processes, joined
+#   batches(...), local_micro_batches(...)   the row numbers of each step; the slices that this process runs
+#   all_gather(pieces), sum_gradients(...)   the rows of all slices and processes, joined; gradients, added up
 #   constrained(select, ...)  lets `select` choose only items, if --constrained
-#   reward_of(...)            asks reward_fn for this process's rows, and joins the scores of all
-#   Optimizer.step            clips gradients, checks that all is finite, steps, and clears the gradients
+#   reward_of(...)            reward_fn's scores (B, n) of the whole batch; the means of its parts, to log
+#   diagnostics(...)          shares and means of the batch, to log
+#   Optimizer.step            clips, checks that all it is told is finite, steps, clears; returns norm, rate
 
 
 class Method(NamedTuple):
@@ -367,37 +367,37 @@ def rollout(policy, batch, parts, K, generator):
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, one_part = [], len(parts) == 1  # several graphs might not fit in memory
+    pieces, keep_graph = [], len(parts) == 1  # several graphs might not fit in memory
     for part in parts:
-        with torch.set_grad_enabled(one_part):
-            cache, target_logp = prefill(policy, batch.history[part], batch.target[part])
-        with torch.no_grad():  # `learn` runs the admitted, often a tenth, again with graph
-            select = constrained(sample(uniform[:, part]), policy.constraint)  # items only, if --constrained
+        with torch.set_grad_enabled(keep_graph):
+            prefilled = cache, target_logp = prefill(policy, batch.history[part], batch.target[part])
+        with torch.no_grad():  # `learn` runs the rollouts of the admitted, often a tenth, again with graph
+            select = constrained(sample(uniform[:, part]), policy.constraint)
             pieces.append((*tree_decode(policy, cache, select), target_logp.detach()))
-    rollouts, old_logp, all_target_logp = map(all_gather, zip(*pieces, strict=True))
-    return rollouts, old_logp, all_target_logp, (cache, target_logp) if one_part else None
+    gathered = map(all_gather, zip(*pieces, strict=True))  # tokens, their log-probabilities, the truth's
+    return *gathered, prefilled if keep_graph else None
 
 
-def draw_negatives(items, prompt, M, generator):
+def draw_negatives(items, prompt_rows, M, generator):
     """For each prompt, M random rollouts of the other prompts: `items` (B, K) -> items (B, M)."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
-    # The core leaves out a prompt's own rollouts. Those of its copy, if it is in the batch twice, come last.
-    keys += prompt[:, None] == prompt.repeat_interleave(K)
+    # The core leaves out a prompt's own rollouts. If the prompt is in the batch twice, its copy's come last.
+    keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
 
-def learn(policy, batch, admitted, prefilled, method, cfg):
+def learn(policy, batch, rollout_batch, prefilled, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `admitted` of them, n, learn from rollouts too: their rows in the micro-batch (n,), the rollouts' tokens
-    and log-probabilities (n, K, L) and advantages (n, K). `prefilled` is what `prefill` gave, if kept.
+    `rollout_batch`, or None, is of the n admitted prompts: their rows in the micro-batch (n,), the tokens and
+    log-probabilities of their rollouts (n, K, L), the advantages (n, K). `prefilled`: see `rollout`, or None.
     """
     cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
-    grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # 0 where not admitted, as c is in eq. 5
-    if admitted and len(admitted[0]):
-        rows, tokens, old_logp, advantages = admitted
+    grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
+    if rollout_batch and len(rollout_batch[0]):
+        rows, tokens, old_logp, advantages = rollout_batch
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
         logp = sequence_logp(policy, cache, tokens)  # again, now with graph
         grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)  # eq. 4
@@ -408,7 +408,7 @@ def learn(policy, batch, admitted, prefilled, method, cfg):
 
 
 def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Post-train `policy` in place by METHODS[name]; reward_fn(history, item) scores items (B, n).
+    """Train `policy` in place by METHODS[name], "sft" by nll; reward_fn(history, item) scores items (B, n).
 
     log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
     restore(optimizer, generators, name) loads the state of a stopped run and returns the step to start at.
@@ -418,14 +418,14 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     optimizer = Optimizer(policy.model, peak_lr, cfg.rl_steps * cfg.updates)
     purposes = "rollouts", "negatives", "random gate"
     generators = {purpose: make_generator(cfg.seed, purpose, cfg.device) for purpose in purposes}
-    # The order of prompts depends on the seed alone: every method sees the same prompts in the same order.
+    # Every method sees the same prompts in the same order, which depends on the seed alone; sft has its own.
     shuffle = make_generator(cfg.seed, "sft" if name == "sft" else "order")
     order = batches(len(prompts.target), B, cfg.rl_steps, shuffle).to(cfg.device)
     parts = local_micro_batches(B, cfg.micro_batch_size)
     first_step = restore(optimizer, generators, name)
 
     for step in progress(range(first_step, cfg.rl_steps), name):
-        batch, prefilled, learners = prompts.rows(order[step]), None, [None] * len(parts)
+        batch, prefilled, rollout_batches = prompts.rows(order[step]), None, [None] * len(parts)
         stats, watched = {}, {}  # to log; to check before a weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -451,15 +451,15 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            watched = stats | {"reward of an item": scored}
-            rows = [admitted[part].nonzero()[:, 0] for part in parts]
-            learners = [(some, *(x[part][some] for x in (rollouts, old_logp, advantages)))
-                        for part, some in zip(parts, rows, strict=True)]
+            watched = stats | {"reward of an item": scored}  # "the ... is not finite"
+            for i, part in enumerate(parts):
+                rows = admitted[part].nonzero()[:, 0]  # of the micro-batch
+                rollout_batches[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
 
-        # -- learn: everyone from the truth, the admitted from their rollouts too (eq. 5) --------------------
+        # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
         for _ in range(cfg.updates):
-            terms = [learn(policy, batch.rows(part), some, prefilled, method, cfg)
-                     for part, some in zip(parts, learners, strict=True)]
+            terms = [learn(policy, batch.rows(part), rollout_batch, prefilled, method, cfg)
+                     for part, rollout_batch in zip(parts, rollout_batches, strict=True)]
             prefilled = None  # its graph serves once; a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
@@ -472,11 +472,11 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
         on_step(step + 1, optimizer, generators, name)
 
 
-def train_sft(policy, prompts, cfg, log, *callbacks, **more):
+def train_sft(policy, prompts, cfg, log, *args, **kwargs):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
-                              rl_steps=cfg.sft_steps, updates=1)
-    train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *callbacks, **more)
+                              rl_steps=cfg.sft_steps, updates=1)  # nll: settings of the gate are not checked
+    train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *args, **kwargs)
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def evaluate(policy, ranker, prompts, cfg):
         terms = {key: x.float() for key, x in terms.items()}
         pieces.append(terms | dict(rank=target_rank, item=item, logp=logp.mean(-1)))
     each = {key: all_gather([piece[key] for piece in pieces])[:n] for key in pieces[0]}
-    return {key: each[key].mean().item() for key in terms}, each
+    return {key: each[key].mean().item() for key in terms}, each  # no means of rank, item and logp
 
 
 # == Part II: the shop =======================================================================================
