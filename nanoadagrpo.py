@@ -1511,8 +1511,8 @@ def run(cfg):
             raise UserError(f"the processes have different {what}; give all of them the same")
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows):
-        if cfg.resume and (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
-            raise UserError(f"--resume {out}: this run is complete, see its report.md")
+        if cfg.resume:  # the process that had the lock may have ended the run meanwhile
+            refuse_complete(out)
         checkpoints = Checkpoints(out, cfg, data.catalogue, origin, rows)
         policy = checkpoints.policy or policy
         broadcast(policy.model)
@@ -1631,6 +1631,11 @@ def make_folder(cfg):
             shutil.rmtree(whole.parent, ignore_errors=True)
 
 
+def refuse_complete(out):
+    if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
+        raise UserError(f"--resume {out}: this run is complete, see its report.md")
+
+
 @contextlib.contextmanager
 def locked(out, rows):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
@@ -1724,6 +1729,7 @@ def parse(argv):
         free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
         if changed := [to_flag(name) for name in given if given[name] != saved[name] and name not in free]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
+        refuse_complete(out)
     cfg = Settings(**saved | given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say either --toy or --data DIR, not both")
