@@ -705,8 +705,9 @@ def read_rows(path, catalogue, source, cfg):
     def parse(column, x):
         if column == "order" and x is None:
             return None
-        if is_csv and column != target:
-            x = ast.literal_eval(x)  # a Python list: parsed as such, never evaluated
+        if is_csv and column != target:  # a Python list: parsed as such, never evaluated
+            joined = re.search(r"['\"]\s+['\"]", x)  # NumPy prints no commas, Python would join words
+            x = None if joined else ast.literal_eval(x)
         x = [x] if column == target else x
         if not isinstance(x, list) or not (x or (is_log and column == history)):
             raise TypeError
@@ -715,8 +716,8 @@ def read_rows(path, catalogue, source, cfg):
         if None in read and number is flags:
             raise UserError(f"{column} {x!r:.40} holds more than 0 and 1")
         if None in read:
-            raise UserError(f"Semantic ID {x[read.index(None)]!r:.60} is not in {source}, where all are like "
-                            f"{sid!r:.60}, {catalogue.L} tokens, numbers or text")
+            raise UserError(f"{column}: Semantic ID {x[read.index(None)]!r:.60} is not in {source}, where "
+                            f"all are like {sid!r:.60}, {catalogue.L} tokens, numbers or text")
         return read[-cfg.max_history :] if column == history else read
 
     rows = text.split("\n") if text else []  # splitlines() would split at U+2028 too
@@ -733,7 +734,8 @@ def read_rows(path, catalogue, source, cfg):
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
             if is_csv and None in row:
                 raise UserError("more cells than the header has")
-            for name in row if is_log else ():
+            names = row.keys()  # or it is no object
+            for name in names if is_log else ():
                 if name != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
                     raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
             for column in like:
@@ -962,8 +964,10 @@ def own_reward(cfg, names, history, item):
             raise ValueError("a masked array or complex numbers, which torch would read otherwise")
 
         def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
+            if isinstance(x, list | tuple) and any(hasattr(row, "shape") for row in x):
+                return torch.stack([*map(numbers, x)])  # torch takes no list of tensors
             x = x.copy() if isinstance(x, np.ndarray) else x  # it may be read-only
-            return torch.stack([torch.as_tensor(row, dtype=torch.float64, device=item.device) for row in x])
+            return torch.as_tensor(x, dtype=torch.float64, device=item.device)
 
         parts = {key: numbers(parts[key]) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
@@ -1121,13 +1125,17 @@ def cut_vocabulary(model, known, catalogue, cfg):
     size, S, L = len(tables[0]), catalogue.S, catalogue.L
     known = {word: row for word, row in known.items() if row is not None and row < size}
     words = [*catalogue.words, QUERY_TOKEN, *([START_TOKEN] if START_TOKEN in known else [])]
-    V, text, true = len(words), sorted(set(known.values())), {}
+    V, text = len(words), sorted(set(known.values()))
     text = text if len(text) > 1 else range(size)  # one row has no spread
     old = {i: known[word] for i, word in enumerate(words) if word in known}
-    for table in tables:
-        mean, spread = table[text].mean(0), table[text].std(0)
-        true[table] = mean + 0.1 * spread * torch.randn(V, *table.shape[1:], generator=generator)
-        true[table][[*old]] = table[[*old.values()]]
+
+    def around_the_mean(table, spread):
+        noise = torch.randn(V, *table.shape[1:], generator=generator)
+        return table[text].mean(0) + spread * table[text].std(0) * noise
+
+    true = {table: around_the_mean(table, 0.1) for table in tables}
+    for table, rows in true.items():
+        rows[[*old]] = table[[*old.values()]]
 
     config, state = copy.deepcopy(model.config), model.state_dict(keep_vars=True)
     config.get_text_config().vocab_size = V
@@ -1144,8 +1152,10 @@ def cut_vocabulary(model, known, catalogue, cfg):
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
     # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
-    # alike, which would hide faults: until it has passed, rows of the model's own take their places.
+    # alike, which would hide faults: until it has passed, both have rows as far apart as in a trained model.
     places = torch.randint(size, (V,), generator=generator)
+    for table in tables:
+        table[places] = around_the_mean(table, 1.0)
     fill({table: table[places] for table in tables})
     sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
@@ -1367,11 +1377,17 @@ class Checkpoints:
                     tensors[x["<tensor>"]] if "<tensor>" in x else x))
                 self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
                 self.phase, self.step = last.get("method", "sft"), last["step"]  # after that row it was saved
+                if self.phase not in ("sft", *methods(cfg)) or self.step < 1:
+                    raise ValueError("its last row cannot be used")
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 config = AutoConfig.for_model(**self.state["model"])
                 model = AutoModelForCausalLM.from_config(config)
-                model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
+                policy = self.state["policy"]
+                for found in (self.base or policy, self.best.get("weights") or policy, policy):
+                    if found.keys() != weights(model).keys():
+                        raise ValueError("its weights are of another model")
+                model.load_state_dict(policy, strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
 
@@ -1614,8 +1630,9 @@ def make_folder(cfg):
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
-        above = next(parent for parent in out.parents if os.path.lexists(parent))
-        whole = above / f".{os.getpid()}-{time.time_ns()}.partial" / out.name
+        above = next((parent for parent in out.parents if os.path.lexists(parent)), out)  # "." has none
+        partial = above / f".{os.getpid()}-{time.time_ns()}.partial"
+        whole = partial / out.name
         try:
             name.encode()  # what cannot be printed could not be reported either
             if os.path.lexists(out):
@@ -1628,7 +1645,7 @@ def make_folder(cfg):
             if cfg.out or not os.path.lexists(out):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
         finally:
-            shutil.rmtree(whole.parent, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_complete(out):

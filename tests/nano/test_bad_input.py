@@ -187,6 +187,15 @@ def test_an_existing_out_is_refused_and_left_as_it_is(small_shop, refused, folde
     assert out.is_symlink() == ("link" in kind)
 
 
+@pytest.mark.parametrize("out", [".", "./", "..", "/", "//", "./."])
+def test_the_folder_one_is_in_and_the_root_are_refused_and_left_as_they_are(small_shop, refused, folder, out):
+    (folder / "thesis.md").write_text("mine")
+    line = refused("--toy", "--out", out, *QUICK)
+    assert f"--out {out}: " in line and "exists already" in line and "name a new folder" in line
+    assert [path.name for path in folder.iterdir()] == ["thesis.md"]
+    (folder / "thesis.md").unlink()
+
+
 @pytest.mark.parametrize("out", ["notes/run", "notes/a/b/run", "loop/run", "dangling/run", "dangling/a/run", "new/..",
                                  f"new/{'x' * 300}", "new/nothing\0", "new/half \udc80/run", "/dev/null/run"])
 def test_an_out_that_cannot_be_made_is_refused_and_leaves_nothing(small_shop, refused, folder, out):

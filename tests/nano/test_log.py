@@ -186,7 +186,8 @@ def test_a_line_of_json_that_cannot_be_used_is_refused(folder, capsys, text, rea
 @pytest.mark.parametrize("cells, reason", [
     ('[],"[\'<a_9><b_9><c_9>\']",[1],[0]', "is not in index.json"), ("[],\"['<a_0><b_0><c_1>']\",[nan],[0]", "got "),
     ("[],\"['<a_0><b_0><c_1>']\",1,0", "got "), ("[],\"['<a_0><b_0><c_1>']\",[1]", "order: got ''"),
-    ("[],\"['<a_0><b_0><c_1>' '<a_0><b_1><c_0>']\",[1],[0]", "is not in index.json"),
+    ("[],\"['<a_0><b_0><c_1>' '<a_0><b_1><c_0>']\",[1],[0]", "got "),
+    ("[],\"['<a_0>' '<b_0>' '<c_1>']\",[1],[0]", "got "),
     ('[],"[\'<a_0><b_0><c_1>\'],[1],[0]', "end of data")])
 def test_a_line_of_csv_that_cannot_be_used_is_refused(folder, capsys, cells, reason):
     path, _ = with_row({}, "csv")

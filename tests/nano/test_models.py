@@ -233,6 +233,17 @@ def test_a_table_with_more_rows_than_the_policy_has_words_is_cut(tmp_path):
         load(save_model(tmp_path / "window", "mistral", words=KNOWN, size=200, sliding_window=8))
 
 
+def test_the_check_sees_a_window_though_most_rows_of_the_table_are_equal(tmp_path):
+    folder = save_model(tmp_path / "window", "mistral", words=KNOWN, size=200, sliding_window=8)
+    tensors = load_file(folder / "model.safetensors")
+    for table in (x for x in tensors.values() if len(x) == 200):
+        table[10:] = table[10]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for seed in range(6):
+        with pytest.raises(nano.UserError, match=TREE):
+            load(folder, seed=seed)
+
+
 def test_a_folder_without_a_tokenizer_is_taken_and_knows_no_words(tmp_path):
     policy = load(save_model(tmp_path / "model", words=()))
     assert policy.start is None and policy.model.config.vocab_size == CATALOGUE.S + 1

@@ -71,9 +71,12 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
 @pytest.mark.parametrize("text", ["item.numpy() * 0.1", "(item * 0.1).tolist()", "(item * 0.1).double()",
                                   "(item * 0.1).requires_grad_()", "(item * 0.1).to(torch.bfloat16)",
                                   "[(row * 0.1).numpy() for row in item]", "[row * 0.1 for row in item]",
-                                  "tuple(tuple(x * 0.1 for x in row) for row in item.tolist())"])
+                                  "tuple(tuple(x * 0.1 for x in row) for row in item.tolist())",
+                                  "(item.numpy() * 0.1).view(numpy.matrix)",
+                                  "list((item.numpy()[:, ::-1] * 0.1)[:, ::-1])",
+                                  "list(numpy.broadcast_to(item.numpy() * 0.1, item.shape))"])
 def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text, recwarn):
-    mine(f"def score(history, item):\n    return {text}\n")
+    mine(f"import numpy\ndef score(history, item):\n    return {text}\n")
     reward, item = own_reward("mine:score"), torch.tensor([[0, -1, 4], [8, 2, 3]])
     scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
     assert scores.dtype == torch.float64 and not scores.requires_grad
@@ -258,14 +261,14 @@ FAULTS = {
     "names of several kinds": ("def score(history, item):\n    return {'a': item, 1: item}\n", ["TypeError"]),
     "the shape of a part": ("def score(history, item):\n    return {'a': item * 0.5, 'b': item.sum(1)}\n", ["(2,)"]),
     "None": ("def score(history, item):\n    pass\n", ["NoneType"]),
-    "nothing": ("def score(history, item):\n    return {}\n", ["non-empty"]),
+    "nothing": ("def score(history, item):\n    return {}\n", ["dict"]),
     "text": ("def score(history, item):\n    return 'high'\n", ["str"]),
     "a list of texts": ("def score(history, item):\n    return [['high']] * len(item)\n", ["str"]),
     "a list with None": ("def score(history, item):\n    return [[None]] * len(item)\n", ["NoneType"]),
     "a list with None, in shape": ("def score(history, item):\n    return [[None] * len(row) for row in item]\n",
                                    ["NoneType"]),
     "numbers as text": ("def score(history, item):\n    return [['1'] * len(row) for row in item]\n", ["str"]),
-    "rows of unequal length": ("def score(history, item):\n    return [[1.0], [1.0, 2.0]]\n", ["equal size"]),
+    "rows of unequal length": ("def score(history, item):\n    return [[1.0], [1.0, 2.0]]\n", ["sequence of length"]),
     "arrays of unequal length": ("import torch\ndef score(history, item):\n    return [torch.ones(1), torch.ones(2)]\n",
                                  ["equal size"]),
     "one argument": ("def score(item):\n    return item * 1.0\n", ["TypeError", "score() takes 1 positional"]),

@@ -325,6 +325,33 @@ def test_a_checkpoint_that_lacks_something_is_named_in_one_line(here, capsys, ke
     assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
 
 
+def with_other_names(weights):
+    return {name.replace("mlp.", "feed_forward."): x for name, x in weights.items()}
+
+
+WEIGHTS = {
+    "of other names": lambda state: state.update(policy=with_other_names(state["policy"])),
+    "none": lambda state: state.update(policy={}), "too few": lambda state: state["policy"].popitem(),
+    "a base of other names": lambda state: state.update(base=with_other_names(state["policy"])),
+    "a best of other names": lambda state: state["best"].update(weights=with_other_names(state["policy"])),
+    "a base that is a list": lambda state: state.update(base=[1]),
+}
+
+
+@pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS)
+def test_a_checkpoint_with_weights_of_another_model_is_refused(here, capsys, change):
+    forge(checkpoint(here), change)
+    line = refused(capsys, lambda: resume("here"))
+    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
+
+
+@pytest.mark.parametrize("last", [{"step": "2"}, {"step": 0}, {"step": -1}, {"method": "x", "step": 1}, None], ids=str)
+def test_a_checkpoint_whose_last_row_is_of_no_step_is_refused(here, capsys, last):
+    forge(checkpoint(here), lambda state: state["rows"].append(last))
+    line = refused(capsys, lambda: resume("here"))
+    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
+
+
 @pytest.mark.parametrize("rows", [[], {}, [{}], [0], [{"phase": "sft"}]], ids=str)
 def test_a_checkpoint_of_no_step_is_refused(here, capsys, rows):
     forge(checkpoint(here), lambda state: state.update(rows=rows))
@@ -834,6 +861,9 @@ def test_what_is_no_run_or_complete_or_to_be_changed_is_refused(shop, capsys):
         assert "config.json" in refused(capsys, lambda folder=folder: resume(folder))
     assert "name a run" in refused(capsys, lambda: resume("x" * 300))
     assert "complete" in refused(capsys, lambda: resume("whole"))
+    shutil.move("shop", "moved")
+    assert "complete" in refused(capsys, lambda: resume("whole"))
+    shutil.move("moved", "shop")
     line = refused(capsys, lambda: resume("whole", "--lr", "0.5", "--seed", "1"))
     assert "leave out" in line and "--lr" in line and "--seed" in line
     assert "--toy" in refused(capsys, lambda: resume("whole", "--toy"))
