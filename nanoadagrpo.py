@@ -21,9 +21,9 @@ Where this differs from the paper, or the paper is silent (for those who know it
  2. Its lambda, epsilon, learning rate, K and M are unknown to us. Epsilon is PPO's 0.2; the others, and rho
     (0.3, where the paper has 0.1), were chosen on seeds 0-3 of the toy.
  3. Rollouts are sampled from the policy being trained, one update per batch: eq. 4's ratio is 1, up to
-    rounding. `--updates 2` takes a second step on the same rollouts; only then `--epsilon` has an effect.
+    rounding. `--updates 2` takes a second step on the same rollouts: only then does `--epsilon` matter.
  4. The vocabulary is cut to the catalogue's SID tokens and one or two special ones. L tokens that are no item
-    are a hallucination. `--constrained` samples and searches only items; likelihoods stay those of all words.
+    are a hallucination. `--constrained` samples and searches only items; likelihoods are over all words.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
  6. Rollouts that repeat each other or the truth are ranked too; ties share the better rank (R: see `--ties`).
  7. HR counts places among the valid beams only: in service, the others would be dropped. ClkRwd@k and
@@ -190,7 +190,7 @@ class Policy:
         blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
         mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
-        # With bf16, products are in bfloat16, and weights stay in float32: or they would lose small updates.
+        # With bf16, products are in bfloat16 but weights in float32: bfloat16 weights lose small updates.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True,
                                 logits_to_keep=keep, **{self.cache_name: cache}).logits
@@ -390,8 +390,8 @@ def draw_negatives(items, prompt_rows, M, generator):
 def learn(policy, batch, rollout_batch, prefilled, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `rollout_batch`, or None, is of the n admitted prompts: their rows in the micro-batch (n,), the tokens and
-    log-probabilities of their rollouts (n, K, L), the advantages (n, K). `prefilled`: see `rollout`, or None.
+    `rollout_batch` (None: no rollouts) is about the n admitted prompts: their rows in the micro-batch (n,),
+    tokens and log-probabilities of their rollouts (n, K, L), advantages (n, K). `prefilled`: see `rollout`.
     """
     cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
@@ -451,7 +451,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            watched = stats | {"reward of an item": scored}  # "the ... is not finite"
+            watched = stats | {"reward of an item": scored}  # names for "the ... is not finite"
             for i, part in enumerate(parts):
                 rows = admitted[part].nonzero()[:, 0]  # of the micro-batch
                 rollout_batches[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
@@ -475,7 +475,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 def train_sft(policy, prompts, cfg, log, *args, **kwargs):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
-                              rl_steps=cfg.sft_steps, updates=1)  # nll: settings of the gate are not checked
+                              rl_steps=cfg.sft_steps, updates=1)  # nll has no gate to check
     train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *args, **kwargs)
 
 
@@ -734,8 +734,8 @@ def read_rows(path, catalogue, source, cfg):
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
             if is_csv and None in row:
                 raise UserError("more cells than the header has")
-            names = row.keys()  # or it is no object
-            for name in names if is_log else ():
+            given = row.keys()  # or it is no object
+            for name in given if is_log else ():
                 if name != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
                     raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
             for column in like:
@@ -1139,24 +1139,23 @@ def cut_vocabulary(model, known, catalogue, cfg):
 
     config, state = copy.deepcopy(model.config), model.state_dict(keep_vars=True)
     config.get_text_config().vocab_size = V
-    for part in (config, config.get_text_config()):  # with outputs no saving, or another mask
+    for part in (config, config.get_text_config()):  # outputs would forbid saving, or change the mask
         part.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
         part.bos_token_id = V - 1 if START_TOKEN in known else None
         part.pad_token_id = part.eos_token_id = None  # the row of a padding token would get no gradient
         part.output_attentions = part.output_hidden_states = part.output_router_logits = False
-    policy = make_policy(AutoModelForCausalLM.from_config(config), catalogue,
-                         dataclasses.replace(cfg, dtype="float32"))
-
-    def fill(rows):  # of each table; the rest is the model's own
-        policy.model.load_state_dict({name: rows.get(x, x) for name, x in state.items()})
+    with in_one_line("it cannot be made anew with other tables"):
+        cut = AutoModelForCausalLM.from_config(config)
+        cut.load_state_dict({name: true.get(x, x) for name, x in state.items()})
+    policy = make_policy(cut, catalogue, dataclasses.replace(cfg, dtype="float32"))
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
     # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
     # alike, which would hide faults: until it has passed, both have rows as far apart as in a trained model.
     places = torch.randint(size, (V,), generator=generator)
-    for table in tables:
+    for table, small in zip(tables, tables_of(cut), strict=True):
         table[places] = around_the_mean(table, 1.0)
-    fill({table: table[places] for table in tables})
+        small[:] = table[places]
     sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
     history[1, :-1] = -1  # the other one has but one item: positions may depend on the longest row
@@ -1173,9 +1172,10 @@ def cut_vocabulary(model, known, catalogue, cfg):
     error = ((found - expected).abs().max() / plain.std()).item()
     if not error < 1e-3:
         raise ValueError(f"its log-probabilities in a tree are off by {error:.1g} of their spread")
-    fill(true)
+    for small, rows in zip(tables_of(cut), true.values(), strict=True):
+        small[:] = rows
     print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
-    return Policy(policy.model, catalogue, cfg, policy.tokenizer)
+    return Policy(cut, catalogue, cfg, policy.tokenizer)
 
 
 # == Part III: the workshop ==================================================================================
@@ -1376,7 +1376,7 @@ class Checkpoints:
                 self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
                     tensors[x["<tensor>"]] if "<tensor>" in x else x))
                 self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
-                self.phase, self.step = last.get("method", "sft"), last["step"]  # after that row it was saved
+                self.phase, self.step = last.get("method", "sft"), last["step"]  # it was saved after this row
                 if self.phase not in ("sft", *methods(cfg)) or self.step < 1:
                     raise ValueError("its last row cannot be used")
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
@@ -1387,7 +1387,7 @@ class Checkpoints:
                 for found in (self.base or policy, self.best.get("weights") or policy, policy):
                     if found.keys() != weights(model).keys():
                         raise ValueError("its weights are of another model")
-                model.load_state_dict(policy, strict=False)  # tied ones are there once
+                    model.load_state_dict(found, strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
 
@@ -1639,7 +1639,7 @@ def make_folder(cfg):
                 raise FileExistsError("it exists already")
             whole.mkdir(parents=True)
             (whole / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            out.parent.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves none
+            out.parent.mkdir(parents=True, exist_ok=True)  # only now: a refused run leaves no folder
             return whole.rename(out)  # fails if another run has been faster
         except (OSError, ValueError) as error:
             if cfg.out or not os.path.lexists(out):

@@ -391,7 +391,7 @@ def test_a_table_that_is_separated_otherwise_is_refused(refused, folder, separat
         ({"history_item_sid": "['<a_0><b_0><c_0>', '<a_0><b_0>']"}, ["<a_0>", "3 tokens"]),
         ({"history_item_sid": "<a_0><b_0><c_0>"}, ["expected history_item_sid like"]),
         ({"history_item_sid": "['<a_0><b_0><c_0>'"}, ["expected history_item_sid like"]),
-        ({"history_item_sid": "[1, 2]"}, ["expected history_item_sid like"]),
+        ({"history_item_sid": "[1, 2]"}, ["Semantic ID 1 is not in", "expected history_item_sid like"]),
         ({"history_item_sid": "('<a_0><b_0><c_0>',)"}, ["expected history_item_sid like"]),
         ({"history_item_sid": "'<a_0><b_0><c_0>'"}, ["expected history_item_sid like"]),
         ({"history_item_sid": "{'<a_0><b_0><c_0>'}"}, ["expected history_item_sid like"]),
@@ -399,7 +399,7 @@ def test_a_table_that_is_separated_otherwise_is_refused(refused, folder, separat
         ({"history_item_sid": "[{[]: 1}]"}, ["expected history_item_sid like"]),
         ({"history_item_sid": "nan"}, ["expected history_item_sid like"]),
         ({"history_item_sid": "None"}, ["expected history_item_sid like"]),
-        ({"history_item_sid": "[None]"}, ["expected history_item_sid like"]),
+        ({"history_item_sid": "[None]"}, ["Semantic ID None is not in", "expected history_item_sid like"]),
         ({"history_item_sid": "[['<a_0><b_0><c_0>']]"}, ["expected history_item_sid like"]),
         ({"history_item_sid": "[b'<a_0><b_0><c_0>']"}, ["expected history_item_sid like"]),
         # as NumPy prints lists: Python would read one word of six tokens

@@ -335,6 +335,9 @@ WEIGHTS = {
     "a base of other names": lambda state: state.update(base=with_other_names(state["policy"])),
     "a best of other names": lambda state: state["best"].update(weights=with_other_names(state["policy"])),
     "a base that is a list": lambda state: state.update(base=[1]),
+    "a base without numbers": lambda state: state.update(base=dict.fromkeys(state["policy"])),
+    "a base of other shapes": lambda state: state.update(
+        base=dict.fromkeys(state["policy"], state["generators"]["rollouts"])),
 }
 
 
@@ -868,6 +871,7 @@ def test_what_is_no_run_or_complete_or_to_be_changed_is_refused(shop, capsys):
     assert "leave out" in line and "--lr" in line and "--seed" in line
     assert "--toy" in refused(capsys, lambda: resume("whole", "--toy"))
     assert "--out" in refused(capsys, lambda: resume("whole", "--out", "elsewhere"))
+    assert "complete" in refused(capsys, lambda: resume("whole", "--out", "whole"))
 
 
 @pytest.mark.parametrize(
