@@ -734,9 +734,9 @@ def read_rows(path, catalogue, source, cfg):
             row = row if is_csv else json.loads(row, object_pairs_hook=once)
             if is_csv and None in row:
                 raise UserError("more cells than the header has")
-            given = row.keys()  # or it is no object
-            for name in given if is_log else ():
-                if name != "order" and re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
+            unread = row.keys() - like.keys()  # or it is no object
+            for name in sorted(unread) if is_log else ():
+                if re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
                     raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
             for column in like:
                 cell = row.get(column, row)
@@ -1022,8 +1022,8 @@ def ranker_influence(policy, reward, prompts, each, cfg):
         return {}
     generator, row = make_generator(cfg.seed, "influence", cfg.device), torch.arange(n, device=cfg.device)
     u = torch.rand(n, W + 1 + 3 * M, generator=generator, device=cfg.device)
-    other, beam, chance = u.split([M, M, W + 1 + M], 1)
-    negatives = item[(row[:, None] + 1 + (other * (n - 1)).long()) % n, (beam * W).long()]
+    other, place, chance = u.split([M, M, W + 1 + M], 1)
+    negatives = item[(row[:, None] + 1 + (other * (n - 1)).long()) % n, (place * W).long()]
     pool = torch.cat([item, prompts.target[:, None], negatives], 1)  # (n, W + 1 + M)
     parts = [(prompts.rows(rows), pool[rows]) for rows in row.split(cfg.eval_batch_size)]
     first = torch.cat([first_copy(x) for _, x in parts])
@@ -1130,8 +1130,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
     old = {i: known[word] for i, word in enumerate(words) if word in known}
 
     def around_the_mean(table, spread):
-        noise = torch.randn(V, *table.shape[1:], generator=generator)
-        return table[text].mean(0) + spread * table[text].std(0) * noise
+        rows, noise = table[text], torch.randn(V, *table.shape[1:], generator=generator)
+        return rows.mean(0) + spread * rows.std(0) * noise
 
     true = {table: around_the_mean(table, 0.1) for table in tables}
     for table, rows in true.items():
@@ -1267,9 +1267,11 @@ def sum_gradients(module):
 
 def all_gather(pieces):
     """The rows of this process, in pieces -> those of the whole batch."""
-    found = torch.cat([*pieces] * world_size())  # of the right size; others' rows come into their places
-    if dist.is_initialized():
-        dist.all_gather_into_tensor(found, torch.cat(pieces))
+    local = torch.cat(pieces)
+    if not dist.is_initialized():
+        return local
+    found = local.new_empty(world_size() * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(found, local)
     return found
 
 
@@ -1383,8 +1385,8 @@ class Checkpoints:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 config = AutoConfig.for_model(**self.state["model"])
                 model = AutoModelForCausalLM.from_config(config)
-                policy = self.state["policy"]
-                for found in (self.base or policy, self.best.get("weights") or policy, policy):
+                kept = filter(None, (self.base, self.best.get("weights")))  # {} if there are none yet
+                for found in (*kept, self.state["policy"]):
                     if found.keys() != weights(model).keys():
                         raise ValueError("its weights are of another model")
                     model.load_state_dict(found, strict=False)  # tied ones are there once
