@@ -153,7 +153,7 @@ class PromptCache(NamedTuple):
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
-    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token
+    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token; 1 branch, the prompt
 
     def rows(self, index):
         kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
@@ -184,11 +184,9 @@ class Policy:
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
         is not 0; and the KV cache, longer by n. Every pass is made here, by the model's own forward.
         """
-        dtype = torch.bfloat16 if self.bf16 else self.model.dtype
-        # Added to the attention scores. Not -inf: padding sees nothing, and the softmax of a row of -inf is
-        # NaN. Finite in float32 too, to which some models cast it.
-        blocked = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-        mask = torch.where(attention_mask, 0.0, blocked).to(dtype)[:, None]
+        # Added to the attention scores. Not -inf: padding sees nothing, and softmax of -inf alone is NaN.
+        mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
+        mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
         # With bf16, products are in bfloat16 but weights in float32: bfloat16 weights lose small updates.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
@@ -208,9 +206,8 @@ class Policy:
 def prefill(policy, history, target=None):
     """Run histories (B, H) once -> PromptCache, and the log-probabilities (B, L) of the items `target` (B,).
 
-    Without a target the latter is None. With it, one pass over prompt and truth gives both: attention is
-    causal, so the truth changes nothing before it, and it is cut off the cache again. Its last token predicts
-    nothing and is not run.
+    Without a target, the log-probabilities are None. With it, one pass over prompt and truth gives both:
+    attention is causal, so the truth changes nothing before it, and the truth is cut off the cache again.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
@@ -218,8 +215,8 @@ def prefill(policy, history, target=None):
     tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
     if policy.start is not None:  # before the padding, which the mask hides and positions do not count
         tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
-    T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next
-    if target is not None:
+    T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next: <next> alone; or, with a
+    if target is not None:  # target, <next> and the L - 1 tokens that the truth's last one comes after
         truth = policy.catalogue.tokens[target]  # (B, L)
         tokens, keep = torch.cat([tokens, truth[:, :-1]], 1), truth.shape[1]
         mask = F.pad(mask, (0, keep - 1), value=True)
@@ -231,14 +228,14 @@ def prefill(policy, history, target=None):
 
 
 # `tree_decode` below writes Semantic IDs level by level. At each level it has m branches, and asks a function
-# `select` for n new ones: with beam(50) it is a beam search, with sample(...) it samples.
-#     select(prefix (B, m, level), next_logp (B, m, V), branch_logp (B, m)) -> parent (B, n), token (B, n)
-# prefix: the tokens of each branch so far; next_logp: log-probabilities of each next token; branch_logp: of
-# each branch. New branch j is the old branch parent[j], and token[j] after it.
+# `select` for n new ones: beam(50) makes it a beam search, sample(...) makes it sample. `select` is given
+#     prefix (B, m, level), the tokens of each branch so far; next_logp (B, m, V), log-probabilities of all
+#     tokens that could follow; branch_logp (B, m), the log-probability of each branch
+# and returns parent (B, n) and token (B, n): new branch j is the old branch parent[j], and token[j] after it.
 
 
 def unbranched(prefix, n):
-    """Parents (B, n) of n samples: at the first level all continue the prompt, 0; then sample j itself, j."""
+    """Parents (B, n) of n samples: of all of them 0, the prompt, at the first level; later j of sample j."""
     return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
 
 
@@ -256,9 +253,9 @@ def sample(uniform):
 
     def select(prefix, next_logp, branch_logp):
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1) * cdf[..., -1:]  # (B, 1, n), then (B, n, 1)
-        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN gives V
-        return unbranched(prefix, uniform.shape[-1]), token.flatten(1)
+        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1)  # (B, 1, n) for the prompt, then (B, n, 1)
+        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # rounding may give V, which is none
+        return unbranched(prefix, uniform.shape[-1]), token.clamp(max=cdf.shape[-1] - 1).flatten(1)
 
     return select
 
@@ -280,12 +277,12 @@ def tree_decode(policy, cache, select):
     Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
 
     The m branches of a level are run as ONE sequence of m tokens. The attention mask shows each of them the
-    prompt, its ancestors and itself: so the prompt is never repeated. An example: a prompt of 3 tokens, two
-    branches of level 0, and a row for each of two branches of level 1, which both continue the first one:
+    prompt, its ancestors and itself: so the prompt is never repeated. An example: after a prompt of 3 tokens,
+    level 0 chose the tokens a and b, and level 1 x and y, both after a. When x and y are run, they see
 
-        prompt | level 0 | level 1
-         1 1 1 |   1 0   |   1 0
-         1 1 1 |   1 0   |   0 1
+              prompt   a b   x y
+        x      1 1 1   1 0   1 0
+        y      1 1 1   1 0   0 1
 
     To choose parents is to select rows of this mask, some more than once; the KV cache stays as it is.
     """
@@ -300,7 +297,7 @@ def tree_decode(policy, cache, select):
             itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
             ancestor_mask = torch.cat([ancestor_mask, itself], -1)
             attention_mask = torch.cat([cache.mask[:, None].expand(B, m, T), ancestor_mask], -1)
-            positions = (cache.mask.sum(1, keepdim=True) + level - 1).expand(B, m)  # the prompt's from 0
+            positions = (cache.mask.sum(1, keepdim=True) + level - 1).expand(B, m)  # after the prompt's
             next_logp, kv_cache = policy.forward(tokens[..., -1], attention_mask, positions, kv_cache)
         parent, token = select(tokens, next_logp, token_logp.sum(-1))
         tokens = torch.cat([tokens[row, parent], token[..., None]], -1)
@@ -328,18 +325,18 @@ def sequence_logp(policy, cache, tokens):
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
 # Every process has the whole batch, draws all its random numbers, and runs its own slices. From later parts:
-#   batch.history (B, H), batch.target (B,)  prompts and their true items; batch.rows(part), a slice of them
-#   batches(...), local_micro_batches(...)   the row numbers of each step; the slices that this process runs
-#   all_gather(pieces), sum_gradients(...)   the rows of all slices and processes, joined; gradients, added up
+#   batch.rows(part)          some rows of batch.history (B, H) and of batch.target (B,), the true items
+#   local_micro_batches(...)  `parts`, the slices of the batch that this process runs; often only one
+#   all_gather(pieces)        the rows of all slices and processes, joined
+#   sum_gradients(model)      gradients, added up over processes
 #   constrained(select, ...)  lets `select` choose only items, if --constrained
-#   reward_of(...)            reward_fn's scores (B, n) of the whole batch; the means of its parts, to log
-#   diagnostics(...)          shares and means of the batch, to log
-#   Optimizer.step            clips, checks that all it is told is finite, steps, clears; returns norm, rate
+#   reward_of(...)            reward_fn's scores (B, n) of the whole batch; means of its named terms, to log
+#   Optimizer.step(...)       clips and moves the weights, unless what it is given is not finite
 
 
 class Method(NamedTuple):
     supervised: bool  # is the NLL part of the loss?
-    admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets GRPO; None: no rollouts
+    admit: Callable | None  # (D, R, batch, generator) -> (B,) boolean: who gets GRPO. None: no rollouts.
 
 
 def random_gate(difficult, reliable, batch, generator):
@@ -370,19 +367,20 @@ def rollout(policy, batch, parts, K, generator):
     pieces, keep_graph = [], len(parts) == 1  # several graphs might not fit in memory
     for part in parts:
         with torch.set_grad_enabled(keep_graph):
-            prefilled = cache, target_logp = prefill(policy, batch.history[part], batch.target[part])
+            prefilled = prefill(policy, batch.history[part], batch.target[part])
+        cache, target_logp = prefilled
         with torch.no_grad():  # `learn` runs the rollouts of the admitted, often a tenth, again with graph
             select = constrained(sample(uniform[:, part]), policy.constraint)
             pieces.append((*tree_decode(policy, cache, select), target_logp.detach()))
-    gathered = map(all_gather, zip(*pieces, strict=True))  # tokens, their log-probabilities, the truth's
-    return *gathered, prefilled if keep_graph else None
+    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
+    return tokens, logp, target_logp, (prefilled if keep_graph else None)
 
 
 def draw_negatives(items, prompt_rows, M, generator):
     """For each prompt, M random rollouts of the other prompts: `items` (B, K) -> items (B, M)."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
-    # The core leaves out a prompt's own rollouts. If the prompt is in the batch twice, its copy's come last.
+    # The core leaves out a prompt's own rollouts; + 1 puts those of its copy in the batch, if any, last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
@@ -390,16 +388,16 @@ def draw_negatives(items, prompt_rows, M, generator):
 def learn(policy, batch, rollout_batch, prefilled, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `rollout_batch` (None: no rollouts) is about the n admitted prompts: their rows in the micro-batch (n,),
-    tokens and log-probabilities of their rollouts (n, K, L), advantages (n, K). `prefilled`: see `rollout`.
+    `rollout_batch` (None: no rollouts) is about the a admitted ones: their rows in the micro-batch (a,),
+    tokens and log-probabilities of their rollouts (a, K, L), advantages (a, K). `prefilled`: see `rollout`.
     """
-    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
+    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)  # once, where possible
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
     if rollout_batch and len(rollout_batch[0]):
         rows, tokens, old_logp, advantages = rollout_batch
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
-        logp = sequence_logp(policy, cache, tokens)  # again, now with graph
+        logp = sequence_logp(policy, cache, tokens)
         grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)  # eq. 4
         ratio[rows] = (logp.detach() - old_logp).exp().mean((1, 2))
     loss = method.supervised * nll + cfg.lam * grpo  # eq. 5
@@ -408,7 +406,7 @@ def learn(policy, batch, rollout_batch, prefilled, method, cfg):
 
 
 def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Train `policy` in place by METHODS[name], "sft" by nll; reward_fn(history, item) scores items (B, n).
+    """Train `policy` in place by METHODS[name], or "sft" as by nll; reward_fn(history, item) scores (B, n).
 
     log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
     restore(optimizer, generators, name) loads the state of a stopped run and returns the step to start at.
@@ -420,18 +418,19 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     generators = {purpose: make_generator(cfg.seed, purpose, cfg.device) for purpose in purposes}
     # Every method sees the same prompts in the same order, which depends on the seed alone; sft has its own.
     shuffle = make_generator(cfg.seed, "sft" if name == "sft" else "order")
-    order = batches(len(prompts.target), B, cfg.rl_steps, shuffle).to(cfg.device)
+    order = batches(len(prompts.target), B, cfg.rl_steps, shuffle).to(cfg.device)  # (steps, B)
     parts = local_micro_batches(B, cfg.micro_batch_size)
     first_step = restore(optimizer, generators, name)
 
     for step in progress(range(first_step, cfg.rl_steps), name):
-        batch, prefilled, rollout_batches = prompts.rows(order[step]), None, [None] * len(parts)
-        stats, watched = {}, {}  # to log; to check before a weight moves
+        batch = prompts.rows(order[step])
+        prefilled, rollout_batches = None, [None] * len(parts)  # without rollouts
+        stats, checked = {}, {}  # to log; what has to be finite, or no weight moves
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
             rollouts, old_logp, target_logp, prefilled = rollout(policy, batch, parts, K, generator)
-            items = policy.catalogue.item(rollouts)  # (B, K), -1 for a hallucination
+            items = policy.catalogue.item(rollouts)  # (B, K), -1 for a hallucination: it gets --floor
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
             negatives = draw_negatives(items, order[step], cfg.negatives, generators["negatives"])  # (B, M)
@@ -441,17 +440,18 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
             # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
             target_mean = core.length_normalized(target_logp)  # (B,), mean log-probability per token
-            # A rollout that repeats the truth has to tie with it, and two passes may round differently.
+            # A rollout that repeats the truth must tie with it; they are of two passes, which round apart.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
-            # D: the policy ranks the truth beyond tau * K (eq. 7). R: the ranker ranks it within tau * K, and
-            # every negative beyond (1 - rho) * K (eq. 9).
+            # Rank 1 is the best. D: the truth's rank by the policy is beyond tau * K (eq. 7); as the flags
+            # are, 6 or more of 17. R: by the ranker it is within tau * K, and each negative's is beyond
+            # (1 - rho) * K (eq. 9): 5 or less, and 12 or more, of 18.
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            watched = stats | {"reward of an item": scored}  # names for "the ... is not finite"
+            checked = stats | {"reward of an item": scored}  # names for "the ... is not finite"
             for i, part in enumerate(parts):
                 rows = admitted[part].nonzero()[:, 0]  # of the micro-batch
                 rollout_batches[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
@@ -463,7 +463,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             prefilled = None  # its graph serves once; a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **watched, nll=nll, grpo=grpo)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **checked, nll=nll, grpo=grpo)
 
         if method.admit:  # the mean ratio of the admitted; 1 if there are none
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
@@ -475,7 +475,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 def train_sft(policy, prompts, cfg, log, *args, **kwargs):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
-                              rl_steps=cfg.sft_steps, updates=1)  # nll has no gate to check
+                              rl_steps=cfg.sft_steps, updates=1)  # nll: its gate is not checked
     train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *args, **kwargs)
 
 
@@ -491,7 +491,7 @@ def evaluate(policy, ranker, prompts, cfg):
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        # All processes run equally many rows: beyond the end, the last one again, which [:n] cuts off.
+        # All processes run equally many rows: beyond the end, the last one again; [:n] below cuts it off.
         rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)
         batch = prompts.rows(rows)
         cache, _ = prefill(policy, batch.history)
@@ -500,7 +500,7 @@ def evaluate(policy, ranker, prompts, cfg):
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
         samples, _ = tree_decode(policy, cache, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        rank = (item >= 0).cumsum(1)  # among the valid beams, from 1
+        rank = (item >= 0).cumsum(1)  # among the valid beams, from 1: of valid, invalid, valid 1, 1, 2
         hit = item == batch.target[:, None]
         target_rank = torch.where(hit, rank, 10**9).amin(1)  # beyond every cutoff where the beams missed it
         terms = {f"hr@{k}": target_rank <= k for k in cutoffs}

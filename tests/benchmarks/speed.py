@@ -10,6 +10,7 @@
 Each row first checks that both sides compute the same, then times them in turn in one process: CPU time of one thread,
 which a busy machine disturbs less than the clock on the wall. What is printed is the median of the ratios of
 neighbours, and their quartiles. On a GPU it is the time on the wall, from when the GPU is idle until it is idle again.
+On a CPU without --rows, each row has a process of its own: what malloc keeps of one would speed up the next.
 Rows with TRL need `pip install -e '.[nano,peers]'`.
 """
 
@@ -23,6 +24,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -454,6 +456,22 @@ def write(text, what="table", page=ROOT / "docs" / "benchmarks.md"):
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
+def in_processes_of_their_own(rows, given, results):
+    """The results of each row, measured in a new process; a step and its tenth, which are measured together, in one."""
+    together = {}
+    for name in rows:
+        together.setdefault(re.sub("^(step|tenth)-", "", name), []).append(name)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(given.results or f"{folder}/results.json")
+        for names in together.values():
+            command = [sys.executable, __file__, "--rows", *names, "--times", str(given.times), "--results", str(saved)]
+            done = subprocess.run(command + ["--quick"] * given.quick, check=True, stdout=subprocess.PIPE, text=True)
+            lines = done.stdout.splitlines()  # the last ones are a table of all so far
+            print(*(x for x in lines if x.split(":")[0] in names), sep="\n", flush=True)
+            results = json.loads(saved.read_text()) if saved.exists() else results
+    return results
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="of: " + ", ".join(sorted(ROWS)))
@@ -495,6 +513,8 @@ def main(argv=None):
     results = json.loads(saved.read_text()) if saved and saved.exists() else {}
     on_cpu = "growth", "constrained-step", "peak", "toy", "toy-all"
     usual = [name for name in ROWS if (name not in on_cpu if given.device == "cuda" else not name.startswith("gpu-"))]
+    if given.device == "cpu" and not given.rows:
+        results, usual = in_processes_of_their_own(usual, given, results), []
     for name in given.rows or usual:
         if "TRL" in ROWS[name][1] and not importlib.util.find_spec("trl"):
             print(f"{name}: left out, TRL is not installed", flush=True)
