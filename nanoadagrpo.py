@@ -6,7 +6,7 @@ as a Semantic ID (SID): L tokens, coarse to fine. GRPO trains it on its own samp
 ranker's scores as rewards. But a ranker trained on what was shown and clicked is sometimes wrong, and its
 scores do not say where. So AdaGRPO decides for each prompt: loss = NLL(true item) + lambda * D * R * GRPO.
 D is 1 if the policy ranks the true item low among its rollouts, so that there is something to learn; else 0.
-R is 1 if the ranker ranks the true item high, and negatives, which are other prompts' rollouts, low; else 0.
+R is 1 if the ranker ranks the true item high, and negatives (other prompts' rollouts) low; else 0.
 
     python nanoadagrpo.py --toy                     # a made-up shop, one method, about a minute
     python nanoadagrpo.py --toy --method all        # every method from the same start, side by side
@@ -178,12 +178,13 @@ class Policy:
         able = cfg.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and able)
 
-    def forward(self, tokens, attention_mask, positions, kv_cache=None, keep=0):
+    def forward(self, tokens, attention_mask, kv_cache=None, keep=0):
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
-        is not 0; and the KV cache, longer by n. Every pass is made here, by the model's own forward.
+        is not 0; and the KV cache, longer by n.
         """
+        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # as many as a token sees before itself
         # Added to the attention scores. Not -inf: padding sees nothing, and softmax of -inf alone is NaN.
         mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
         mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
@@ -206,23 +207,22 @@ class Policy:
 def prefill(policy, history, target=None):
     """Run histories (B, H) once -> PromptCache, and the log-probabilities (B, L) of the items `target` (B,).
 
-    Without a target, the log-probabilities are None. With it, one pass over prompt and truth gives both:
-    attention is causal, so the truth changes nothing before it, and the truth is cut off the cache again.
+    Without a target, the latter are None. With it, one pass over prompt and truth gives both: attention is
+    causal, so the truth changes nothing before it, and the truth is cut off the cache again.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
     mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
     tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
-    if policy.start is not None:  # before the padding, which the mask hides and positions do not count
+    if policy.start is not None:  # left of the padding, which is hidden and not counted: it does no harm
         tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
-    T, keep = mask.shape[1], 1  # the last `keep` tokens are asked what comes next: <next> alone; or, with a
-    if target is not None:  # target, <next> and the L - 1 tokens that the truth's last one comes after
-        truth = policy.catalogue.tokens[target]  # (B, L)
-        tokens, keep = torch.cat([tokens, truth[:, :-1]], 1), truth.shape[1]
-        mask = F.pad(mask, (0, keep - 1), value=True)
+    T = mask.shape[1]
+    keep = 1 if target is None else policy.catalogue.L  # the last `keep` tokens are asked what comes next
+    if target is not None:
+        truth = policy.catalogue.tokens[target]  # (B, L); its last token is not run: nothing comes after it
+        tokens, mask = torch.cat([tokens, truth[:, :-1]], 1), F.pad(mask, (0, keep - 1), value=True)
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
-    next_logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, positions, keep=keep)
+    next_logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, keep=keep)
     cache = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], next_logp[:, :1])
     return cache, (None if target is None else next_logp.gather(-1, truth[..., None])[..., 0])
 
@@ -287,22 +287,19 @@ def tree_decode(policy, cache, select):
     To choose parents is to select rows of this mask, some more than once; the KV cache stays as it is.
     """
     kv_cache, next_logp = cache.kv_cache, cache.next_logp  # (B, 1, V): the only branch is the prompt
-    B, T = cache.mask.shape
+    B, mask = len(cache.mask), cache.mask[:, None]  # (B, m, T + tokens of the tree that were run)
     tokens, token_logp = next_logp.new_zeros(B, 1, 0, dtype=torch.long), next_logp.new_zeros(B, 1, 0)
-    ancestor_mask = cache.mask.new_zeros(B, 1, 0)  # (B, m, tokens of the tree that were run)
     row = torch.arange(B, device=next_logp.device)[:, None]  # x[row, parent] (B, n, ...): x of the parents
     for level in range(policy.catalogue.L):
         if level:  # run the last token of each branch; that of the prompt has been run
             m = tokens.shape[1]
             itself = torch.eye(m, dtype=torch.bool, device=tokens.device).expand(B, m, m)
-            ancestor_mask = torch.cat([ancestor_mask, itself], -1)
-            attention_mask = torch.cat([cache.mask[:, None].expand(B, m, T), ancestor_mask], -1)
-            positions = (cache.mask.sum(1, keepdim=True) + level - 1).expand(B, m)  # after the prompt's
-            next_logp, kv_cache = policy.forward(tokens[..., -1], attention_mask, positions, kv_cache)
+            mask = torch.cat([mask, itself], -1)
+            next_logp, kv_cache = policy.forward(tokens[..., -1], mask, kv_cache)
         parent, token = select(tokens, next_logp, token_logp.sum(-1))
         tokens = torch.cat([tokens[row, parent], token[..., None]], -1)
         token_logp = torch.cat([token_logp[row, parent], next_logp[row, parent, token][..., None]], -1)
-        ancestor_mask = ancestor_mask[row, parent]
+        mask = mask[row, parent]
     return tokens, token_logp
 
 
@@ -315,16 +312,16 @@ def sequence_logp(policy, cache, tokens):
         return first
     depth = L - 1  # tokens that are run; the last one predicts nothing
     causal = cache.mask.new_ones(depth, depth).tril()  # within a Semantic ID; none sees another
-    ancestor_mask = torch.block_diag(*[causal] * n).expand(B, -1, -1)
-    attention_mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), ancestor_mask], -1)
-    positions = cache.mask.sum(1, keepdim=True) + torch.arange(depth, device=tokens.device).repeat(n)
-    next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), attention_mask, positions, cache.kv_cache)
+    ancestors = torch.block_diag(*[causal] * n).expand(B, -1, -1)  # and itself
+    mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), ancestors], -1)
+    next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), mask, cache.kv_cache)
     others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:, None])[..., 0]
     return torch.cat([first, others], -1)
 
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
-# Every process has the whole batch, draws all its random numbers, and runs its own slices. From later parts:
+# Every process has the whole batch, draws all its random numbers, and runs its own slices. Helpers from
+# later parts, to be looked up when they are met:
 #   batch.rows(part)          some rows of batch.history (B, H) and of batch.target (B,), the true items
 #   local_micro_batches(...)  `parts`, the slices of the batch that this process runs; often only one
 #   all_gather(pieces)        the rows of all slices and processes, joined
@@ -380,7 +377,7 @@ def draw_negatives(items, prompt_rows, M, generator):
     """For each prompt, M random rollouts of the other prompts: `items` (B, K) -> items (B, M)."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
-    # The core leaves out a prompt's own rollouts; + 1 puts those of its copy in the batch, if any, last.
+    # A prompt can be in the batch twice: + 1 puts its copy's rollouts last. The core leaves out its own.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
@@ -388,8 +385,8 @@ def draw_negatives(items, prompt_rows, M, generator):
 def learn(policy, batch, rollout_batch, prefilled, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `rollout_batch` (None: no rollouts) is about the a admitted ones: their rows in the micro-batch (a,),
-    tokens and log-probabilities of their rollouts (a, K, L), advantages (a, K). `prefilled`: see `rollout`.
+    `rollout_batch` (None: no rollouts) holds the A admitted prompts' rows in the micro-batch (A,), tokens and
+    old log-probabilities (A, K, L) of their rollouts, and advantages (A, K). `prefilled`: see `rollout`.
     """
     cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)  # once, where possible
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
@@ -406,7 +403,7 @@ def learn(policy, batch, rollout_batch, prefilled, method, cfg):
 
 
 def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, on_step=lambda *_: None):
-    """Train `policy` in place by METHODS[name], or "sft" as by nll; reward_fn(history, item) scores (B, n).
+    """Train `policy` in place by METHODS[name] ("sft": nll); reward_fn(history, item) scores (B, n).
 
     log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
     restore(optimizer, generators, name) loads the state of a stopped run and returns the step to start at.
@@ -425,7 +422,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
         prefilled, rollout_batches = None, [None] * len(parts)  # without rollouts
-        stats, checked = {}, {}  # to log; what has to be finite, or no weight moves
+        stats, checked = {}, {}  # to log; what has to be finite, or Optimizer.step moves no weight
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
@@ -440,12 +437,12 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
             # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
             target_mean = core.length_normalized(target_logp)  # (B,), mean log-probability per token
-            # A rollout that repeats the truth must tie with it; they are of two passes, which round apart.
+            # A rollout equal to the truth must tie with it, but its own value is of another pass: rounding.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
-            # Rank 1 is the best. D: the truth's rank by the policy is beyond tau * K (eq. 7); as the flags
-            # are, 6 or more of 17. R: by the ranker it is within tau * K, and each negative's is beyond
-            # (1 - rho) * K (eq. 9): 5 or less, and 12 or more, of 18.
+            # Rank 1 is the best. D: the policy gives the truth a rank beyond tau * K (eq. 7), by default 6 or
+            # more of 17. R: the ranker gives it one within tau * K, 5 or less of 18, and each negative one
+            # beyond (1 - rho) * K, 12 or more (eq. 9).
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
@@ -460,7 +457,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
         for _ in range(cfg.updates):
             terms = [learn(policy, batch.rows(part), rollout_batch, prefilled, method, cfg)
                      for part, rollout_batch in zip(parts, rollout_batches, strict=True)]
-            prefilled = None  # its graph serves once; a second update runs the prompts again
+            prefilled = None  # it was of the only part; its graph serves once, another update runs it again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             norm, lr = optimizer.step(f"{name}, step {step + 1}", **checked, nll=nll, grpo=grpo)
@@ -491,7 +488,7 @@ def evaluate(policy, ranker, prompts, cfg):
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        # All processes run equally many rows: beyond the end, the last one again; [:n] below cuts it off.
+        # Equally many rows for each process: past the end, the last one is repeated; [:n] below drops it.
         rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)
         batch = prompts.rows(rows)
         cache, _ = prefill(policy, batch.history)
@@ -500,7 +497,7 @@ def evaluate(policy, ranker, prompts, cfg):
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
         samples, _ = tree_decode(policy, cache, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        rank = (item >= 0).cumsum(1)  # among the valid beams, from 1: of valid, invalid, valid 1, 1, 2
+        rank = (item >= 0).cumsum(1)  # place among the valid beams; (valid, invalid, valid) has 1, 1, 2
         hit = item == batch.target[:, None]
         target_rank = torch.where(hit, rank, 10**9).amin(1)  # beyond every cutoff where the beams missed it
         terms = {f"hr@{k}": target_rank <= k for k in cutoffs}

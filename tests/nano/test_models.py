@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Models of Hugging Face: what works gives the numbers of plain passes and runs whole; what cannot work says why."""
 
+import functools
 import json
 import logging
 import os
@@ -652,14 +653,17 @@ def test_no_library_speaks_before_the_one_line(folder, capsys):
 
 
 def test_the_check_before_training_sees_what_goes_wrong_with_padding_alone(tmp_path, monkeypatch):
-    forward, folder = nano.Policy.forward, save_model(tmp_path / "model")
+    forward, folder = transformers.LlamaForCausalLM.forward, save_model(tmp_path / "model")
 
-    def counting_padding(self, tokens, attention_mask, positions, layers=None, **options):
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape) if layers is None else positions
-        return forward(self, tokens, attention_mask, positions, layers, **options)
+    @functools.wraps(forward)  # with its signature
+    def counting_padding(self, *, input_ids, position_ids=None, **options):
+        cache = options.get("cache", options.get("past_key_values"))
+        if cache is not None and not cache.get_seq_length():  # a prefill
+            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        return forward(self, input_ids=input_ids, position_ids=position_ids, **options)
 
     load(folder)
-    monkeypatch.setattr(nano.Policy, "forward", counting_padding)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counting_padding)
     with pytest.raises(nano.UserError, match=TREE):
         load(folder)
 
