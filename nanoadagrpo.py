@@ -422,7 +422,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
         prefilled, rollout_batches = None, [None] * len(parts)  # without rollouts
-        stats, checked = {}, {}  # to log; what has to be finite, or Optimizer.step moves no weight
+        stats = {}  # to log
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
@@ -448,7 +448,6 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            checked = stats | {"reward of an item": scored}  # names for "the ... is not finite"
             for i, part in enumerate(parts):
                 rows = admitted[part].nonzero()[:, 0]  # of the micro-batch
                 rollout_batches[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
@@ -460,7 +459,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             prefilled = None  # it was of the only part; its graph serves once, another update runs it again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **checked, nll=nll, grpo=grpo)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats, nll=nll, grpo=grpo)
 
         if method.admit:  # the mean ratio of the admitted; 1 if there are none
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
@@ -969,7 +968,7 @@ def own_reward(cfg, names, history, item):
         parts = {key: numbers(parts[key]) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
-        if not all(x[item >= 0].float().isfinite().all() for x in parts.values()):
+        if not all(x[item >= 0].float().isfinite().all() for x in (*parts.values(), sum(parts.values()))):
             raise ValueError("a score is not finite, or beyond float32")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
     except KeyboardInterrupt:

@@ -299,7 +299,8 @@ LATE = {
     "nan": ("return item * float('nan')", "--reward mine:score: ValueError: a score is not finite, "),
     "inf": ("return item / 0", "--reward mine:score: ValueError: a score is not finite, "),
     "one item": ("return torch.where(item == 3, float('nan'), 1.0)", "--reward mine:score: ValueError: a score is "),
-    "sums too large": ("return dict.fromkeys('ab', item * 0 + 3e38)", "adagrpo, step 1: the reward of an item is not "),
+    "sums too large": ("return dict.fromkeys('ab', item * 0 + 3e38)", "--reward mine:score: ValueError: a score is "),
+    "opposite": ("return dict(a=item * 0 + 4e38, b=item * 0 - 4e38)", "--reward mine:score: ValueError: a score is "),
     "shape": ("return item[:, :3] * 1.0", "--reward mine:score: "),
 }
 
