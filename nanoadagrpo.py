@@ -836,26 +836,23 @@ def toy_world(cfg, world=World()):
             appeal = (1 - share) * utility + share * bait[item]
             click = of_log.random(item.shape) < 1 / (1 + np.exp(w.click_at - appeal))
             order = click & (of_log.random(item.shape) < 1 / (1 + np.exp(w.order_at - appeal)))
-            logs.append((life[:, t - H : t], item, click, order))
+            logs.append((item, click, order))
             liked = utility + popular[item] + of_lives.gumbel(size=item.shape)
             life[:, t] = item[users[:, 0], liked.argmax(1)]  # in proportion to exp(utility): no bait
         else:
             life[:, t] = draw(of_lives, (wanted if t >= rl_week else wanted_then) * pull[last], 1)[:, 0]
 
-    def table(kind, steps):  # step by step, user by user
-        columns = map(np.concatenate, zip(*steps, strict=True))
-        return kind(*(torch.as_tensor(x, device=cfg.device) for x in columns))
+    def columns(steps):  # step by step, user by user
+        return [torch.as_tensor(np.concatenate(x), device=cfg.device) for x in zip(*steps, strict=True)]
 
-    def prompts(start, n):
-        steps = range(start, start + n)
-        return table(Prompts, [(life[:, t - H : t], life[:, t], users[:, 0]) for t in steps])
-
-    rl = subset(prompts(rl_week, w.rl), cfg.rl_prompts, cfg.seed, "prompts of the method")
+    steps, sizes = range(w.warm_up, life.shape[1]), [n * w.users for n in (w.sft, w.rl, w.valid, w.test)]
+    prompts = columns((life[:, t - H : t], life[:, t], users[:, 0]) for t in steps)
+    sft, rl, valid, test = map(Prompts, *(x.split(sizes) for x in prompts))  # one period after the other
+    log = ImpressionLog(rl.history, *columns(logs))
+    rl = subset(rl, cfg.rl_prompts, cfg.seed, "prompts of the method")
     truth = dict(taste=taste, quality=quality, context=context, popularity=popularity, baited=baited,
                  level1=level1)
-    after = rl_week + w.rl
-    return Data(Catalogue(sids, cfg.device), prompts(w.warm_up, w.sft), rl, prompts(after, w.valid),
-                prompts(after + w.valid, w.test), table(ImpressionLog, logs), None, "the toy's log", truth)
+    return Data(Catalogue(sids, cfg.device), sft, rl, valid, test, log, None, "the toy's log", truth)
 
 
 # -- the ranker: the reward model, trained on the log alone --------------------------------------------------
