@@ -913,15 +913,13 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
 @torch.no_grad()
 def judge_ranker(ranker, log):
     """{"click_auc", "order_auc"}: how often what was clicked (of that: ordered) is put above what was not."""
-    found, parts = {}, zip(log.history.split(1024), log.item.split(1024), strict=True)
-    p = [ranker.probabilities(*part) for part in parts]
-    for head, label, counts in (("click", log.click, log.item >= 0), ("order", log.order, log.click)):
-        if label is not None:
-            x = torch.cat([part[head] for part in p])
-            yes, no = x[counts & label], x[counts & ~label].sort().values
-            if len(yes) and len(no):  # equal ones count half
-                below = torch.searchsorted(no, yes) + torch.searchsorted(no, yes, right=True)
-                found[f"{head}_auc"] = below.sum().item() / (2 * len(yes) * len(no))
+    found, p = {}, [*map(ranker.probabilities, log.history.split(1024), log.item.split(1024))]
+    for head, counts in zip(p[0], (log.item >= 0, log.click), strict=False):  # the heads are those of the log
+        x, label = torch.cat([part[head] for part in p]), getattr(log, head)
+        yes, no = x[counts & label], x[counts & ~label].sort().values
+        if len(yes) and len(no):  # equal ones count half
+            below = torch.searchsorted(no, yes) + torch.searchsorted(no, yes, right=True)
+            found[f"{head}_auc"] = below.sum().item() / (2 * len(yes) * len(no))
     return found
 
 
