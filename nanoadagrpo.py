@@ -521,7 +521,7 @@ class Catalogue:
 
     def __init__(self, sids, device="cpu"):
         self.row = {sid: i for i, sid in enumerate(sids)}
-        codes = [(i, code) for i, level in enumerate(zip(*sids, strict=True)) for code in sorted(set(level))]
+        codes = sorted({pair for sid in sids for pair in enumerate(sid)})  # (level, code)
         number = {pair: token for token, pair in enumerate(codes)}
         tokens = np.array([[number[pair] for pair in enumerate(sid)] for sid in sids])
         (self.N, self.L), self.S = tokens.shape, len(codes)
@@ -554,7 +554,7 @@ class Catalogue:
         """Words that lead on from prefixes (B, n, l) of items, padded to (B, n, C); which are no padding."""
         node, level = self.node(prefix)[..., None], prefix.shape[-1]
         pairs = self.pairs[level]  # a node's lie side by side
-        first, end = torch.searchsorted(pairs, node * self.S), torch.searchsorted(pairs, (node + 1) * self.S)
+        first, end = torch.searchsorted(pairs, torch.stack([node, node + 1]) * self.S)
         place = first + torch.arange(self.fan_out[level], device=node.device)
         return pairs[place.clamp(max=len(pairs) - 1)] % self.S, place < end
 
