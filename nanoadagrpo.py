@@ -821,8 +821,7 @@ def toy_world(cfg, world=World()):
     def draw(g, weight, n):  # n items per user, with replacement, in proportion to weight (users, N)
         below = np.cumsum(weight, axis=1, dtype=np.float64)
         below = below / below[:, -1:] + users  # user u's from u to u + 1, so that all are sorted
-        at = np.searchsorted(below.ravel(), (g.random((w.users, n)) + users).ravel())
-        return np.minimum(at.reshape(-1, n) - N * users, N - 1)
+        return np.minimum(np.searchsorted(below.ravel(), g.random((w.users, n)) + users) - N * users, N - 1)
 
     # lives: in the RL week users choose from a feed that is logged, otherwise among all items
     pull, rl_week, logs, H = np.exp(context), w.warm_up + w.sft, [], min(w.history, cfg.max_history)
