@@ -892,9 +892,8 @@ def train_ranker(catalogue, log, cfg, epochs=3, least_steps=100, batch=64, lr=1e
     ranker = Ranker(catalogue, heads=1 if log.order is None else 2).to(cfg.device)
     steps = max(least_steps, epochs * len(log.item) // batch)  # a short log is gone through more often
     optimizer = Optimizer(ranker, lr, steps)
-    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker"))
-    longest = (log.item >= 0).sum(1).cpu()[order].amax(1).tolist()  # one long row shall not pad all batches
-    order = order.to(cfg.device)
+    order = batches(len(log.item), batch, steps, make_generator(cfg.seed, "ranker")).to(cfg.device)
+    longest = (log.item >= 0).sum(1)[order].amax(1).tolist()  # one long row shall not pad all batches
     for step in progress(range(steps if rank() == 0 else 0), "ranker"):
         history, *shown = log.rows(order[step])
         item, click, ordered = (x if x is None else x[:, : longest[step]] for x in shown)
