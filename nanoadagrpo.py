@@ -844,8 +844,8 @@ def toy_world(cfg, world=World()):
     def columns(steps):  # step by step, user by user
         return [torch.as_tensor(np.concatenate(x), device=cfg.device) for x in zip(*steps, strict=True)]
 
-    steps, sizes = range(w.warm_up, life.shape[1]), [n * w.users for n in (w.sft, w.rl, w.valid, w.test)]
-    prompts = columns((life[:, t - H : t], life[:, t], users[:, 0]) for t in steps)
+    prompts = columns((life[:, t - H : t], life[:, t], users[:, 0]) for t in range(w.warm_up, life.shape[1]))
+    sizes = [n * w.users for n in (w.sft, w.rl, w.valid, w.test)]
     sft, rl, valid, test = map(Prompts, *(x.split(sizes) for x in prompts))  # one period after the other
     log = ImpressionLog(rl.history, *columns(logs))
     rl = subset(rl, cfg.rl_prompts, cfg.seed, "prompts of the method")
