@@ -432,7 +432,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
             negatives = draw_negatives(items, order[step], cfg.negatives, generators["negatives"])  # (B, M)
             pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
-            scored, stats = reward_of(reward_fn, batch.history, pool, parts)
+            scored, stats = reward_of(reward_fn, batch.history, pool)
             rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
 
             # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
@@ -949,10 +949,10 @@ def own_reward(cfg, names, history, item):
         names[:] = names or sorted(parts)
         if names != sorted(parts):
             raise ValueError(f"parts {sorted(parts)} instead of {names}")
-        if any(np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")) for x in parts.values()):
-            raise ValueError("a masked array or complex numbers, which torch would read otherwise")
 
         def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
+            if np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")):
+                raise ValueError("a masked array or complex numbers, which torch would read otherwise")
             if isinstance(x, list | tuple) and any(hasattr(row, "shape") for row in x):
                 return torch.stack([*map(numbers, x)])  # torch takes no list of tensors
             x = x.copy() if isinstance(x, np.ndarray) else x  # it may be read-only
@@ -988,9 +988,9 @@ def first_copy(item):
     return (item[:, :, None] == item[:, None]).int().argmax(2)
 
 
-def reward_of(reward_fn, history, item, parts):
+def reward_of(reward_fn, history, item):
     """Scores (B, n) of the whole batch, each process having asked for its own rows; means of named parts."""
-    local = slice(parts[0].start, parts[-1].stop)
+    [local] = local_micro_batches(len(item), 0)
     with torch.no_grad():
         scores = named(reward_fn(history[local], item[local]))
     first = first_copy(item)

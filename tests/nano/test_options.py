@@ -78,7 +78,7 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
 def test_scores_may_be_lists_arrays_and_tensors_of_any_sort(mine, text, recwarn):
     mine(f"import numpy\ndef score(history, item):\n    return {text}\n")
     reward, item = own_reward("mine:score"), torch.tensor([[0, -1, 4], [8, 2, 3]])
-    scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
+    scores, _ = nano.reward_of(reward, torch.zeros(2, 3), item)
     assert scores.dtype == torch.float64 and not scores.requires_grad
     torch.testing.assert_close(scores.float(), torch.tensor([[0, 0, 0.4], [0.8, 0.2, 0.3]]), rtol=0, atol=2e-3)
     assert not recwarn.list
@@ -90,7 +90,7 @@ def test_named_scores_are_summed_and_each_is_logged(mine, folder):
     both = own_reward("mine:score", floor=-2.0)
     whole = own_reward("mine:sum", floor=-2.0)
     item, history = torch.tensor([[0, -1, 4], [8, 2, -1]]), torch.zeros(2, 3)
-    (scores, named), (expected, _) = (nano.reward_of(r, history, item, [slice(0, 2)]) for r in (both, whole))
+    (scores, named), (expected, _) = (nano.reward_of(r, history, item) for r in (both, whole))
     assert torch.equal(scores, expected)
     assert {k: v.item() for k, v in named.items()} == pytest.approx({"reward/a": 1.5 / 6, "reward/b": 5.0 / 6})
     results = [run("--reward", f"mine:{name}", "--out", name) for name in ("score", "sum")]
@@ -149,7 +149,7 @@ def test_copies_of_an_item_have_equal_rewards_whatever_a_product_rounds_to(mine)
          "    return {'a': item + place, 'b': item * 0 + place}\n")
     item = torch.tensor([[3, 5, 3, -1, 5, -1], [-1, 2, 2, 2, 7, 3]])
     reward = own_reward("mine:score", floor=-1.0)
-    scores, parts = nano.reward_of(reward, torch.zeros(2, 3), item, [slice(0, 2)])
+    scores, parts = nano.reward_of(reward, torch.zeros(2, 3), item)
     for row, x in zip(item.tolist(), scores.tolist(), strict=True):
         assert all(len({x[i] for i in range(6) if row[i] == one}) == 1 for one in row)
     assert parts.keys() == {"reward/a", "reward/b"}
@@ -255,6 +255,14 @@ FAULTS = {
     "a masked array": ("import numpy\ndef score(history, item):\n    return numpy.ma.masked_less(item.cpu().numpy(), 0)"
                        "\n", ["a masked array"]),
     "complex numbers": ("def score(history, item):\n    return item.cpu().numpy() * (1 + 2j)\n", ["complex numbers"]),
+    "rows of masked arrays": ("import numpy\ndef score(history, item):\n    return [numpy.ma.masked_less(x, 0) "
+                              "for x in item.cpu().numpy()]\n", ["a masked array"]),
+    "rows of complex numbers": ("def score(history, item):\n    return [x * (1 + 2j) for x in item]\n",
+                                ["complex numbers"]),
+    "one row of complex numbers": ("def score(history, item):\n    return [item[0] * (1 + 2j), *item[1:] * .1]"
+                                   "\n", ["complex numbers"]),
+    "lists of Python's complex numbers": ("def score(history, item):\n    return [[1 + 2j] * item.shape[1]] * len(item)"
+                                          "\n", ["complex"]),
     "complex numbers of torch": ("def score(history, item):\n    return item * (1 + 2j)\n", ["complex numbers"]),
     "a cancelled task": ("import asyncio\ndef score(history, item):\n    raise asyncio.CancelledError('late')\n",
                          ["CancelledError", "mine.py, line 4", "late"]),

@@ -62,7 +62,7 @@ def test_copies_of_an_item_tie_in_the_pool_of_a_ranker_without_orders(shop, widt
     ranker = nano.train_ranker(shop.catalogue, shop.log._replace(order=None), settings(), epochs=1)
     draw = torch.Generator().manual_seed(0)
     history, item = shop.test.history[:64], torch.randint(-1, 4, (64, width), generator=draw)
-    scores, _ = nano.reward_of(nano.make_reward(ranker, settings()), history, item, [slice(0, 64)])
+    scores, _ = nano.reward_of(nano.make_reward(ranker, settings()), history, item)
     same = item[:, :, None] == item[:, None]
     assert torch.equal(scores[:, :, None].expand_as(same)[same], scores[:, None].expand_as(same)[same])
 
