@@ -50,9 +50,9 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -1622,21 +1622,19 @@ def make_folder(cfg):
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
         above = next((parent for parent in out.parents if os.path.lexists(parent)), out)  # "." has none
-        partial = above / f".{os.getpid()}-{time.time_ns()}.partial"
-        whole = partial / out.name
         try:
             name.encode()  # what cannot be printed could not be reported either
             if os.path.lexists(out):
                 raise FileExistsError("it exists already")
-            whole.mkdir(parents=True)
-            (whole / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            out.parent.mkdir(parents=True, exist_ok=True)  # only now: a refused run leaves no folder
-            return whole.rename(out)  # fails if another run has been faster
+            with tempfile.TemporaryDirectory(".partial", ".", os.path.realpath(above), True) as partial:
+                whole = Path(partial, out.name)
+                whole.mkdir()
+                (whole / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+                out.parent.mkdir(parents=True, exist_ok=True)  # only now: a refused run leaves no folder
+                return whole.rename(out)  # fails if another run has been faster
         except (OSError, ValueError) as error:
             if cfg.out or not os.path.lexists(out):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_complete(out):
