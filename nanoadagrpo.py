@@ -1558,15 +1558,14 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, optimizer, generators)
 
-    if checkpoints.phase not in names:
-        train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
-    if not checkpoints.base and (len(names) > 1 or cfg.keep == "best"):  # they begin at it, or may end there
-        checkpoints.base = copy.deepcopy(weights(policy.model))
     labels = "phase", "method", "step", "seconds", "memory"
     results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
                for row in rows if row["phase"] == "test"}  # so far
     start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
-    if not results:
+    if checkpoints.phase not in names:
+        train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
+        if len(names) > 1 or cfg.keep == "best":  # they begin at it, or may end there
+            checkpoints.base = copy.deepcopy(weights(policy.model))
         metrics, each = evaluate(policy, ranker, prompts["valid"], cfg)
         start = dict(phase="valid", method="", step=0, **metrics)
         if influence := ranker_influence(policy, reward, prompts["valid"], each, cfg):
