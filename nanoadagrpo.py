@@ -1579,12 +1579,11 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             checkpoints.best = dict(step=0, hr=start.get("hr@10"), weights={})  # the base
         rl_log = functools.partial(log, phase="rl", method=name)
         train_rl(policy, reward, data.rl, cfg, name, rl_log, checkpoints.restore, on_step)
-        mine = [row for row in rows if row["phase"] == "rl" and row["method"] == name]
-        admitted = float(np.mean([row.get("admitted", 0.0) for row in mine]))
+        admitted = [row.get("admitted", 0.0) for row in rows if row.get("method") == name and "lr" in row]
         kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
         if kept:
             policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
-        results[name] = measure("test", name, cfg.rl_steps, admitted=admitted, **kept)
+        results[name] = measure("test", name, cfg.rl_steps, admitted=float(np.mean(admitted)), **kept)
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
