@@ -1545,22 +1545,18 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
                "valid": subset(data.valid, -(-cfg.eval_prompts // 4), cfg.seed, "valid")}
 
     def measure(phase, method, step, **more):
-        metrics = evaluate(policy, ranker, prompts[phase], cfg)[0] | more
-        log(phase=phase, method=method, step=step, **metrics)
-        return metrics
+        metrics, _ = evaluate(policy, ranker, prompts[phase], cfg)
+        log(phase=phase, method=method, step=step, **metrics, **more)
 
     def on_step(step, optimizer, generators, phase):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
-            hr = measure("valid", phase, step).get("hr@10")
-            if cfg.keep == "best" and hr > checkpoints.best["hr"]:
-                checkpoints.best = dict(step=step, hr=hr, weights=copy.deepcopy(weights(policy.model)))
+            measure("valid", phase, step)
+            if cfg.keep == "best" and rows[-1]["hr@10"] > checkpoints.best["row"]["hr@10"]:
+                checkpoints.best = dict(row=rows[-1], weights=copy.deepcopy(weights(policy.model)))
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, optimizer, generators)
 
-    labels = "phase", "method", "step", "seconds", "memory"
-    results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
-               for row in rows if row["phase"] == "test"}  # so far
     start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
     if checkpoints.phase not in names:
         train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
@@ -1571,22 +1567,25 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if influence := ranker_influence(policy, reward, prompts["valid"], each, cfg):
             log(phase="influence", step=0, **influence)
             print_main(influence_table(rows[-1]) + "\n")
-        results["base"] = measure("test", "base", 0)
-    for name in [name for name in names if name not in results]:
+        measure("test", "base", 0)
+    for name in names[names.index(checkpoints.phase) if checkpoints.phase in names else 0 :]:
         if checkpoints.phase != name:
             policy.model.load_state_dict(checkpoints.base, strict=False)
             log(**start | dict(method=name))
-            checkpoints.best = dict(step=0, hr=start.get("hr@10"), weights={})  # the base
+            checkpoints.best = dict(row=rows[-1], weights={})  # the base
         rl_log = functools.partial(log, phase="rl", method=name)
         train_rl(policy, reward, data.rl, cfg, name, rl_log, checkpoints.restore, on_step)
         admitted = [row.get("admitted", 0.0) for row in rows if row.get("method") == name and "lr" in row]
-        kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
+        kept = dict(kept_step=checkpoints.best["row"]["step"]) if cfg.keep == "best" else {}
         if kept:
             policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
-        results[name] = measure("test", name, cfg.rl_steps, admitted=float(np.mean(admitted)), **kept)
+        measure("test", name, cfg.rl_steps, admitted=float(np.mean(admitted)), **kept)
         if rank() == 0:
             policy.save(out / "policy" / (name if len(names) > 1 else ""))
 
+    labels = "phase", "method", "step", "seconds", "memory"
+    results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
+               for row in rows if row["phase"] == "test"}
     tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
     about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
     about += f"{cfg.device}, {torch.get_num_threads()} threads"
