@@ -1291,6 +1291,7 @@ class Optimizer:
 # -- what a run writes ---------------------------------------------------------------------------------------
 
 TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
+FREE = dict(data="", device="", resume="", save_every=0, log_to="")  # what a resumed run may change
 
 
 def make_tracker(out, cfg):
@@ -1339,11 +1340,10 @@ def weights(module):
 
 def origin_of(cfg, data):
     """What a resumed run has to have in common with the one that was stopped, and all processes of a run."""
-    content = hashlib.sha256(repr(list(data.catalogue.row)).encode())
+    digest = hashlib.sha256(repr(list(data.catalogue.row)).encode())
     for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
-        content.update(b"" if x is None else x.cpu().numpy().tobytes())
-    same = dataclasses.replace(cfg, data="", device="", out="", resume="", save_every=0, log_to="")
-    return {"set of flags": repr(same), "set of data": content.hexdigest(),
+        digest.update(b"" if x is None else x.cpu().numpy().tobytes())
+    return {"set of flags": repr(dataclasses.replace(cfg, out="", **FREE)), "set of data": digest.hexdigest(),
             "number of processes": world_size(), "kind of device": cfg.device.split(":")[0]}
 
 
@@ -1729,8 +1729,7 @@ def parse(argv):
         out = Path(given["resume"])
         with in_one_line(f"{out!s:.80}/config.json", "name a run of this version"):
             saved = vars(Settings(**json.loads((out / "config.json").read_text())))
-        free = ("resume", "data", "device", "save_every", "log_to")  # the same data may have moved
-        if changed := [to_flag(name) for name in given if given[name] != saved[name] and name not in free]:
+        if changed := [to_flag(name) for name in given if given[name] != saved[name] and name not in FREE]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
         refuse_complete(out)
     cfg = Settings(**saved | given)
