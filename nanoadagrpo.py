@@ -459,7 +459,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             prefilled = None  # it was of the only part; its graph serves once, another update runs it again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats, nll=nll, grpo=grpo)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats, nll=nll, grpo=grpo, ratio=ratio)
 
         if method.admit:  # the mean ratio of the admitted; 1 if there are none
             mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
@@ -1552,8 +1552,9 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
             measure("valid", phase, step)
-            if cfg.keep == "best" and rows[-1]["hr@10"] > checkpoints.best["row"]["hr@10"]:
-                checkpoints.best = dict(row=rows[-1], weights=copy.deepcopy(weights(policy.model)))
+            hr = rows[-1].get("hr@10")
+            if cfg.keep == "best" and hr > checkpoints.best["hr"]:
+                checkpoints.best = dict(step=step, hr=hr, weights=copy.deepcopy(weights(policy.model)))
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, optimizer, generators)
 
@@ -1572,11 +1573,11 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if checkpoints.phase != name:
             policy.model.load_state_dict(checkpoints.base, strict=False)
             log(**start | dict(method=name))
-            checkpoints.best = dict(row=rows[-1], weights={})  # the base
+            checkpoints.best = dict(step=0, hr=start.get("hr@10"), weights={})  # the base
         rl_log = functools.partial(log, phase="rl", method=name)
         train_rl(policy, reward, data.rl, cfg, name, rl_log, checkpoints.restore, on_step)
         admitted = [row.get("admitted", 0.0) for row in rows if row.get("method") == name and "lr" in row]
-        kept = dict(kept_step=checkpoints.best["row"]["step"]) if cfg.keep == "best" else {}
+        kept = dict(kept_step=checkpoints.best["step"]) if cfg.keep == "best" else {}
         if kept:
             policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=float(np.mean(admitted)), **kept)
@@ -1595,8 +1596,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         save_file(weights(ranker), out / "ranker.safetensors")
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
         killed = [x for x in out.rglob(".tmp??????") if x.name[4:].isalnum() and x.is_file()]
-        for path in (*checkpoints.files(), *killed):  # the run is complete
-            path.unlink()  # the latter are safetensors' own, of a run that was killed
+        for path in (*checkpoints.files(), out / "checkpoint.partial", *killed):  # the run is complete
+            path.unlink(missing_ok=True)  # the latter are safetensors' own, of a run that was killed
     return results, about
 
 
@@ -1608,7 +1609,7 @@ def write_report(out, cfg, results, about, influence):
              *map(influence_table, influence)]
     text = "\n\n".join(parts) + "\n"
     (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
-    (out / "report.partial").rename(out / "report.md")
+    (out / "report.partial").replace(out / "report.md")
 
 
 def make_folder(cfg):
@@ -1643,7 +1644,7 @@ def refuse_complete(out):
 def locked(out, rows):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
     again = f"--resume {shlex.quote(str(out))}"
-    with open(out / "config.json" if rank() == 0 else os.devnull) as file:
+    with open(out / "config.json" if rank() == 0 else os.devnull, "r+") as file:  # NFS locks for writing only
         try:
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
                 fcntl = importlib.import_module("fcntl")
@@ -1758,6 +1759,7 @@ def interrupt(number, frame):  # Ctrl-C or SIGTERM
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
     at_the_end, interrupt.code, interrupt.process = contextlib.ExitStack(), 0, os.getpid()
+    at_the_end.callback(setattr, interrupt, "code", 0)  # who goes on in Python may train again
     try:
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun

@@ -279,10 +279,11 @@ def test_if_the_checkpoint_is_deleted_the_run_begins_again(here, shop, capsys):
     assert made(shop / "here") == made(shop / "whole")
 
 
-def test_what_a_kill_left_beside_a_checkpoint_is_no_obstacle(here, shop):
+@pytest.mark.parametrize("flags", [[], ["--save-every", "0"]], ids=["saving again", "saving no more"])
+def test_what_a_kill_left_beside_a_checkpoint_is_no_obstacle_and_goes_at_the_end(here, shop, flags):
     (shop / "here" / "checkpoint.partial").write_bytes(b"half of it")
-    resume("here")
-    assert made(shop / "here") == made(shop / "whole")
+    resume("here", *flags)
+    assert made(shop / "here") == made(shop / "whole") and not [*(shop / "here").glob("checkpoint*")]
 
 
 def forge(path, change):
@@ -599,6 +600,9 @@ def test_a_second_signal_is_ignored_while_the_first_is_handled(shop, monkeypatch
     assert end.value.code == code
     assert line.startswith("nanoadagrpo: stopped after") and line.endswith("; go on with --resume here")
     assert [signal.getsignal(x) for x in (number, other)] == before
+    module = torch.nn.Linear(1, 1)  # who goes on in Python can train again
+    module(torch.ones(1)).backward()
+    nano.Optimizer(module, 0.1, 1).step("here")
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
 

@@ -361,7 +361,8 @@ def test_negatives_are_of_other_prompts_where_a_prompt_stands_in_a_batch_twice_t
 
 
 @pytest.mark.parametrize("what, value", [("reward", float("nan")), ("reward", float("inf")), ("nll", float("nan")),
-                                         ("grpo", float("inf")), ("gradient norm", float("nan"))])
+                                         ("grpo", float("inf")), ("ratio", float("inf")),
+                                         ("gradient norm", float("nan"))])
 def test_a_number_that_is_not_finite_ends_the_run_by_its_name_and_step_before_a_weight_moves(what, value, monkeypatch):
     policy, kept, c = policy_of(), [], cfg(rl_steps=3)
     name = "grpo+nll" if what == "grpo" else "adagrpo"
@@ -371,6 +372,9 @@ def test_a_number_that_is_not_finite_ends_the_run_by_its_name_and_step_before_a_
 
     if what == "gradient norm":
         policy.model.base_model.ln_f.bias.register_hook(broken)
+    elif what == "ratio":
+        learn = nano.learn
+        monkeypatch.setattr(nano, "learn", lambda *given: torch.stack([*(x := learn(*given).T)[:2], broken(x[2])], 1))
     elif what != "reward":
         real = getattr(core, f"{what}_loss")
         monkeypatch.setattr(core, f"{what}_loss", lambda *given, **options: broken(real(*given, **options)))
