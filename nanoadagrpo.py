@@ -26,8 +26,8 @@ Where this differs from the paper, or the paper is silent (for those who know it
     are a hallucination. `--constrained` samples and searches only items; likelihoods are over all words.
  5. The ranker cannot score a hallucination: its reward is `--floor`, as a rollout and as a negative.
  6. Rollouts that repeat each other or the truth are ranked too; ties share the better rank (R: see `--ties`).
- 7. HR counts places among the valid beams only: in service, the others would be dropped. ClkRwd@k and
-    OrdRwd@k, which the paper does not define but whose values grow with k, are the best score up to place k.
+ 7. HR counts places among the valid beams only: in service, the others would be dropped. The paper does not
+    define ClkRwd@k and OrdRwd@k; its values grow with k, so here they are the best score up to place k.
  8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
  9. Two controls are added: continued training by NLL alone, and a random gate as wide as AdaGRPO's.
 """
@@ -101,7 +101,7 @@ class Settings:
     toy: bool = option(False, "train in a made-up shop: no data needed", group="what to train")
     data: str = option("", "folder with a catalogue and train, valid and test files (docs/data.md)")
     model: str = option("", "causal language model to start from, hub name or folder; none: a tiny new one")
-    method: str = option("adagrpo", "a method, several with commas between them, or all (see above)")
+    method: str = option("adagrpo", "a method, several with commas between them, or all")
     seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
     group_size: int = option(16, "K, rollouts per prompt", 2, group="method and gate")
     negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
@@ -153,7 +153,7 @@ class PromptCache(NamedTuple):
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
-    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token; 1 branch, the prompt
+    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token; the prompt is 1 branch
 
     def rows(self, index):
         kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
@@ -171,7 +171,7 @@ class Policy:
     def __init__(self, model, catalogue, cfg, tokenizer=None):
         self.model = model.to(cfg.device).eval()  # in training too: dropout would move eq. 4's ratio from 1
         self.catalogue, self.tokenizer = catalogue, tokenizer
-        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # or None
+        self.query, self.start = catalogue.S, model.config.get_text_config().bos_token_id  # start: or None
         self.constraint = catalogue if cfg.constrained else None  # what samples and beams have to follow
         accepted = inspect.signature(model.forward).parameters  # transformers 5.24 renames the argument
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
@@ -184,8 +184,8 @@ class Policy:
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
         is not 0; and the KV cache, longer by n.
         """
-        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # as many as a token sees before itself
-        # Added to the attention scores. Not -inf: padding sees nothing, and softmax of -inf alone is NaN.
+        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # what a token sees before itself; padding: 0
+        # Added to the attention scores. Not -inf: padding sees nothing, and a softmax of -inf alone is NaN.
         mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
         mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
@@ -207,22 +207,21 @@ class Policy:
 def prefill(policy, history, target=None):
     """Run histories (B, H) once -> PromptCache, and the log-probabilities (B, L) of the items `target` (B,).
 
-    Without a target, the latter are None. With it, one pass over prompt and truth gives both: attention is
-    causal, so the truth changes nothing before it, and the truth is cut off the cache again.
+    Without a target, the latter are None. With one, a single pass over prompt and truth gives both: attention
+    is causal, so the truth changes nothing before it. The truth's keys and values are cut off.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
-    tokens = policy.catalogue.tokens[history.clamp(min=0)].flatten(1)
-    mask = (history >= 0).repeat_interleave(policy.catalogue.L, dim=1)
-    tokens, mask = F.pad(tokens, (0, 1), value=policy.query), F.pad(mask, (0, 1), value=True)
-    if policy.start is not None:  # left of the padding, which is hidden and not counted: it does no harm
-        tokens, mask = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
-    T = mask.shape[1]
-    keep = 1 if target is None else policy.catalogue.L  # the last `keep` tokens are asked what comes next
+    tokens = torch.where(history[..., None] >= 0, policy.catalogue.tokens[history], -1)  # -1: padding
+    tokens = F.pad(tokens.flatten(1), (0, 1), value=policy.query)
+    if policy.start is not None:  # left of the padding, which the mask hides
+        tokens = F.pad(tokens, (1, 0), value=policy.start)
+    T, keep = tokens.shape[1], 1  # the last `keep` tokens are asked what comes next
     if target is not None:
-        truth = policy.catalogue.tokens[target]  # (B, L); its last token is not run: nothing comes after it
-        tokens, mask = torch.cat([tokens, truth[:, :-1]], 1), F.pad(mask, (0, keep - 1), value=True)
+        truth, keep = policy.catalogue.tokens[target], policy.catalogue.L
+        tokens = torch.cat([tokens, truth[:, :-1]], 1)  # the last one is not run: nothing comes after it
+    mask = tokens >= 0
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
-    next_logp, kv_cache = policy.forward(tokens, mask[:, None] & causal, keep=keep)
+    next_logp, kv_cache = policy.forward(tokens.clamp(min=0), mask[:, None] & causal, keep=keep)
     cache = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], next_logp[:, :1])
     return cache, (None if target is None else next_logp.gather(-1, truth[..., None])[..., 0])
 
@@ -235,13 +234,8 @@ def prefill(policy, history, target=None):
 
 
 def unbranched(prefix, n):
-    """Parents (B, n) of n samples: of all of them 0, the prompt, at the first level; later j of sample j."""
+    """Parents (B, n): sample j continues branch j; at the first level all continue 0, the prompt."""
     return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
-
-
-def teacher_forcing(tokens):
-    """Follow given Semantic IDs (B, n, L); only Part II uses it, to check models."""
-    return lambda prefix, *_: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
 
 
 def sample(uniform):
@@ -253,8 +247,8 @@ def sample(uniform):
 
     def select(prefix, next_logp, branch_logp):
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1)  # (B, 1, n) for the prompt, then (B, n, 1)
-        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # rounding may give V, which is none
+        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1)  # (B, m, n / m): m is 1, the prompt, later n
+        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # rounding may give V, no token
         return unbranched(prefix, uniform.shape[-1]), token.clamp(max=cdf.shape[-1] - 1).flatten(1)
 
     return select
@@ -272,7 +266,7 @@ def beam(width):
 
 
 def tree_decode(policy, cache, select):
-    """Grow a tree on each prompt; sampling, beam search and teacher forcing differ in `select` alone.
+    """Grow a tree on each prompt.
 
     Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
 
@@ -286,7 +280,7 @@ def tree_decode(policy, cache, select):
 
     To choose parents is to select rows of this mask, some more than once; the KV cache stays as it is.
     """
-    kv_cache, next_logp = cache.kv_cache, cache.next_logp  # (B, 1, V): the only branch is the prompt
+    kv_cache, next_logp = cache.kv_cache, cache.next_logp
     B, mask = len(cache.mask), cache.mask[:, None]  # (B, m, T + tokens of the tree that were run)
     tokens, token_logp = next_logp.new_zeros(B, 1, 0, dtype=torch.long), next_logp.new_zeros(B, 1, 0)
     row = torch.arange(B, device=next_logp.device)[:, None]  # x[row, parent] (B, n, ...): x of the parents
@@ -310,9 +304,9 @@ def sequence_logp(policy, cache, tokens):
     first = cache.next_logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
     if L == 1:
         return first
-    depth = L - 1  # tokens that are run; the last one predicts nothing
-    causal = cache.mask.new_ones(depth, depth).tril()  # within a Semantic ID; none sees another
-    ancestors = torch.block_diag(*[causal] * n).expand(B, -1, -1)  # and itself
+    depth = L - 1  # tokens that are run: nothing comes after the last
+    causal = cache.mask.new_ones(depth, depth).tril()  # a token sees those before it and itself
+    ancestors = torch.block_diag(*[causal] * n).expand(B, -1, -1)  # none sees another's
     mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), ancestors], -1)
     next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), mask, cache.kv_cache)
     others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:, None])[..., 0]
@@ -326,9 +320,10 @@ def sequence_logp(policy, cache, tokens):
 #   local_micro_batches(...)  `parts`, the slices of the batch that this process runs; often only one
 #   all_gather(pieces)        the rows of all slices and processes, joined
 #   sum_gradients(model)      gradients, added up over processes
+#   diagnostics(...)          shares and means, to log alone
 #   constrained(select, ...)  lets `select` choose only items, if --constrained
 #   reward_of(...)            reward_fn's scores (B, n) of the whole batch; means of its named terms, to log
-#   Optimizer.step(...)       clips and moves the weights, unless what it is given is not finite
+#   Optimizer.step(...)       clips, moves the weights; stops the run if what it is given is not finite
 
 
 class Method(NamedTuple):
@@ -353,6 +348,7 @@ METHODS = {
 }
 
 
+@torch.no_grad()  # but for `prefill`; `learn` runs rollouts of the admitted, often a tenth, again with graph
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
@@ -366,18 +362,17 @@ def rollout(policy, batch, parts, K, generator):
         with torch.set_grad_enabled(keep_graph):
             prefilled = prefill(policy, batch.history[part], batch.target[part])
         cache, target_logp = prefilled
-        with torch.no_grad():  # `learn` runs the rollouts of the admitted, often a tenth, again with graph
-            select = constrained(sample(uniform[:, part]), policy.constraint)
-            pieces.append((*tree_decode(policy, cache, select), target_logp.detach()))
+        select = constrained(sample(uniform[:, part]), policy.constraint)
+        pieces.append((*tree_decode(policy, cache, select), target_logp))
     tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
     return tokens, logp, target_logp, (prefilled if keep_graph else None)
 
 
 def draw_negatives(items, prompt_rows, M, generator):
-    """For each prompt, M random rollouts of the other prompts: `items` (B, K) -> items (B, M)."""
+    """For each prompt, M random rollouts of others: items (B, K) -> (B, M). prompt_rows (B,): its row."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
-    # A prompt can be in the batch twice: + 1 puts its copy's rollouts last. The core leaves out its own.
+    # The core leaves out a prompt's own rollouts. If its row is there twice, + 1 puts the copy's last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
@@ -388,7 +383,7 @@ def learn(policy, batch, rollout_batch, prefilled, method, cfg):
     `rollout_batch` (None: no rollouts) holds the A admitted prompts' rows in the micro-batch (A,), tokens and
     old log-probabilities (A, K, L) of their rollouts, and advantages (A, K). `prefilled`: see `rollout`.
     """
-    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)  # once, where possible
+    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)  # run already?
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
     if rollout_batch and len(rollout_batch[0]):
@@ -422,7 +417,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
         prefilled, rollout_batches = None, [None] * len(parts)  # without rollouts
-        stats = {}  # to log
+        stats = {}  # to log; if one is not finite, Optimizer.step stops the run
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
@@ -437,41 +432,42 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
             # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
             target_mean = core.length_normalized(target_logp)  # (B,), mean log-probability per token
-            # A rollout equal to the truth must tie with it, but its own value is of another pass: rounding.
+            # A rollout equal to the truth must tie with it; from another pass, it may differ by rounding.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
-            # Rank 1 is the best. D: the policy gives the truth a rank beyond tau * K (eq. 7), by default 6 or
-            # more of 17. R: the ranker gives it one within tau * K, 5 or less of 18, and each negative one
-            # beyond (1 - rho) * K, 12 or more (eq. 9).
+            # Rank 1 is the best. D (eq. 7): the policy ranks the truth > tau * K: 6 to 17 of 17 (K, truth).
+            # R (eq. 9): the ranker ranks the truth <= tau * K: 1 to 5 of 18 (K, truth, M), and each negative
+            # > (1 - rho) * K: 12 to 18. The numbers are those of the default flags.
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             for i, part in enumerate(parts):
-                rows = admitted[part].nonzero()[:, 0]  # of the micro-batch
+                rows = admitted[part].nonzero()[:, 0]  # counted within the micro-batch
                 rollout_batches[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
 
         # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
         for _ in range(cfg.updates):
             terms = [learn(policy, batch.rows(part), rollout_batch, prefilled, method, cfg)
                      for part, rollout_batch in zip(parts, rollout_batches, strict=True)]
-            prefilled = None  # it was of the only part; its graph serves once, another update runs it again
+            prefilled = None  # backward has freed its graph: a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats, nll=nll, grpo=grpo, ratio=ratio)
+            stats["nll"] = nll.mean()
+            if method.admit:  # the mean ratio of the admitted; 1 if there are none
+                mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
+                stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats)
 
-        if method.admit:  # the mean ratio of the admitted; 1 if there are none
-            mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
-            stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
-        log(step=step + 1, lr=lr, nll=nll.mean(), **stats, gradient_norm=norm)
+        log(step=step + 1, lr=lr, **stats, gradient_norm=norm)
         on_step(step + 1, optimizer, generators, name)
 
 
 def train_sft(policy, prompts, cfg, log, *args, **kwargs):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
-                              rl_steps=cfg.sft_steps, updates=1)  # nll: its gate is not checked
+                              rl_steps=cfg.sft_steps, updates=1)  # for nll, check_settings skips the gate
     train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *args, **kwargs)
 
 
@@ -496,12 +492,12 @@ def evaluate(policy, ranker, prompts, cfg):
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
         samples, _ = tree_decode(policy, cache, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        rank = (item >= 0).cumsum(1)  # place among the valid beams; (valid, invalid, valid) has 1, 1, 2
+        rank = (item >= 0).cumsum(1)  # valid beams up to here: (valid, invalid, valid) has 1, 1, 2
         hit = item == batch.target[:, None]
         target_rank = torch.where(hit, rank, 10**9).amin(1)  # beyond every cutoff where the beams missed it
         terms = {f"hr@{k}": target_rank <= k for k in cutoffs}
         if 10 in cutoffs:
-            terms["ndcg@10"] = torch.where(target_rank <= 10, 1 / torch.log2(1.0 + target_rank), 0.0)
+            terms["ndcg@10"] = terms["hr@10"] / torch.log2(1.0 + target_rank)
         for head, p in ranker.probabilities(batch.history, item).items():  # click, order; 0 for no item
             terms |= {f"{head}_reward@{k}": (p * (rank <= k)).amax(1) for k in cutoffs}
         terms["hallucination"] = 1 - (item >= 0).float().mean(1)
@@ -1103,6 +1099,11 @@ def tables_of(model):
     return list(dict.fromkeys(x for x in found if x is not None))
 
 
+def teacher_forcing(tokens):
+    """Follow given Semantic IDs (B, n, L); a `select` for checking models."""
+    return lambda prefix, *_: (unbranched(prefix, tokens.shape[1]), tokens[..., prefix.shape[-1]])
+
+
 @torch.no_grad()
 def cut_vocabulary(model, known, catalogue, cfg):
     """A Policy, checked: a new model with the same layers, whose tables are cut to the words of a policy.
@@ -1552,8 +1553,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         last = step == (cfg.sft_steps if phase == "sft" else cfg.rl_steps)
         if phase != "sft" and (last or step % cfg.eval_every == 0):
             measure("valid", phase, step)
-            hr = rows[-1].get("hr@10")
-            if cfg.keep == "best" and hr > checkpoints.best["hr"]:
+            if cfg.keep == "best" and (hr := rows[-1]["hr@10"]) > checkpoints.best["hr"]:
                 checkpoints.best = dict(step=step, hr=hr, weights=copy.deepcopy(weights(policy.model)))
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, optimizer, generators)

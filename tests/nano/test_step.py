@@ -365,7 +365,7 @@ def test_negatives_are_of_other_prompts_where_a_prompt_stands_in_a_batch_twice_t
                                          ("gradient norm", float("nan"))])
 def test_a_number_that_is_not_finite_ends_the_run_by_its_name_and_step_before_a_weight_moves(what, value, monkeypatch):
     policy, kept, c = policy_of(), [], cfg(rl_steps=3)
-    name = "grpo+nll" if what == "grpo" else "adagrpo"
+    name = "grpo+nll" if what in ("grpo", "ratio") else "adagrpo"
 
     def broken(x):
         return torch.where(torch.arange(x.numel()).view(x.shape) == 0, value, x) if len(kept) == 2 else x
