@@ -417,7 +417,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
         prefilled, rollout_batches = None, [None] * len(parts)  # without rollouts
-        stats = {}  # to log; if one is not finite, Optimizer.step stops the run
+        stats, checked = {}, {}  # to log; also to be finite, or Optimizer.step stops the run
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
@@ -428,6 +428,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             negatives = draw_negatives(items, order[step], cfg.negatives, generators["negatives"])  # (B, M)
             pool = torch.cat([items, batch.target[:, None], negatives], 1)  # (B, K + 1 + M)
             scored, stats = reward_of(reward_fn, batch.history, pool)
+            checked = {"reward of an item": scored}
             rewards, target_reward, negative_rewards = scored[:, :K], scored[:, K], scored[:, K + 1 :]
 
             # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
@@ -458,7 +459,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             if method.admit:  # the mean ratio of the admitted; 1 if there are none
                 mean_ratio = torch.where(admitted.any(), ratio.sum() / admitted.sum(), 1.0)
                 stats |= dict(grpo=grpo.mean(), ratio=mean_ratio)
-            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats)
+            norm, lr = optimizer.step(f"{name}, step {step + 1}", **stats, **checked)
 
         log(step=step + 1, lr=lr, **stats, gradient_norm=norm)
         on_step(step + 1, optimizer, generators, name)

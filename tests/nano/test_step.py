@@ -384,6 +384,20 @@ def test_a_number_that_is_not_finite_ends_the_run_by_its_name_and_step_before_a_
     assert len(kept) == 2 and distance(kept[1], state(policy)) == 0 and distance(*kept) > 0
 
 
+@pytest.mark.parametrize("place", [6, 7], ids=["truth", "negative"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_so_does_the_reward_of_a_truth_or_of_a_negative(place, value):
+    """The gate could be judged, but by numbers that mean nothing. A negative that repeats a rollout has its score."""
+    def broken(history, item):
+        scores = reward(history, item)
+        scores[0, place] = value
+        return scores
+
+    c = cfg(group_size=6)
+    with pytest.raises(nano.UserError, match=r"^adagrpo, step \d: the reward of an item is not finite"):
+        nano.train_rl(policy_of(), broken, PROMPTS, c, "adagrpo", lambda **row: None)
+
+
 @every_gated_method
 def test_a_policy_that_knows_no_probabilities_any_more_is_said_to_be_so(name):
     policy = policy_of(torch.float32)
