@@ -369,7 +369,7 @@ def rollout(policy, batch, parts, K, generator):
 
 
 def draw_negatives(items, prompt_rows, M, generator):
-    """For each prompt, M random rollouts of others: items (B, K) -> (B, M). prompt_rows (B,): its row."""
+    """For each prompt, of row prompt_rows (B,), M random rollouts of the others: items (B, K) -> (B, M)."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
     # The core leaves out a prompt's own rollouts. If its row is there twice, + 1 puts the copy's last.
@@ -383,7 +383,7 @@ def learn(policy, batch, rollout_batch, prefilled, method, cfg):
     `rollout_batch` (None: no rollouts) holds the A admitted prompts' rows in the micro-batch (A,), tokens and
     old log-probabilities (A, K, L) of their rollouts, and advantages (A, K). `prefilled`: see `rollout`.
     """
-    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)  # run already?
+    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
     if rollout_batch and len(rollout_batch[0]):
