@@ -6,6 +6,7 @@
     python tests/benchmarks/speed.py --quick                # every check and the smallest sizes: is it in order?
     python tests/benchmarks/speed.py --device cuda          # the rows of a GPU, products in bfloat16 on both sides
     python tests/benchmarks/speed.py --words --before DIR   # over the vocabulary, beside a checkout of another commit
+    python tests/benchmarks/speed.py --rows toy toy-all --before DIR    # whole runs in turn with that checkout's script
 
 Each row first checks that both sides compute the same, then times them in turn in one process: CPU time of one thread,
 which a busy machine disturbs less than the clock on the wall. What is printed is the median of the ratios of
@@ -44,6 +45,7 @@ import vocabulary  # noqa: E402
 import work  # noqa: E402
 from transformers import TrainerCallback, logging  # noqa: E402
 
+BEFORE = ""  # a checkout of another commit
 ROWS = {}  # name, with K and about T -> (what the table says, against whom, target, function)
 
 
@@ -85,9 +87,9 @@ def quartiles(values):
     return [low, middle, high]
 
 
-def ratios(pairs, **more):
-    """What a row returns: quartiles of theirs/ours, and the medians of both."""
-    low, middle, high = quartiles([theirs / ours for ours, theirs in pairs])
+def ratios(pairs, faster=True, **more):
+    """What a row returns: quartiles of theirs/ours, or of ours/theirs if it is to be small; and the medians of both."""
+    low, middle, high = quartiles([theirs / ours if faster else ours / theirs for ours, theirs in pairs])
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     return dict(low=low, middle=middle, high=high, n=len(pairs), unit="x", ours=ours, theirs=theirs, **more)
 
@@ -328,7 +330,7 @@ def growth(quick, times, T=200, B=2):
     policy = work.a_policy("smoke" if quick else "tiny", T)
     prompts = work.some_prompts(policy, 16, T)
     few, many = (work.steps(work.copied(policy), prompts, work.settings(B, K)) for K in (16, 64))
-    return ratios(in_turn(lambda: [next(few) for _ in range(3)], lambda: [next(many) for _ in range(3)], times))
+    return ratios(in_turn(lambda: [next(many) for _ in range(3)], lambda: [next(few) for _ in range(3)], times), False)
 
 
 @row("constrained-step", "AdaGRPO step, one admitted, K=50, T=61, B=4, --constrained, 3,000 items", "without it",
@@ -341,7 +343,8 @@ def constrained_step(quick, times):
     work.check_constrained(constrained, work.some_prompts(policy, 4, 61).history)
     free, constrained = (work.steps(each, work.some_prompts(policy, 16, 61), work.settings(4, 50), method)
                          for each in (free, constrained))
-    return ratios(in_turn(lambda: [next(free) for _ in range(3)], lambda: [next(constrained) for _ in range(3)], times))
+    pairs = in_turn(lambda: [next(constrained) for _ in range(3)], lambda: [next(free) for _ in range(3)], times)
+    return ratios(pairs, False)
 
 
 @row("core-bare", "the same", "torch by hand, which trusts its input", None, hand="hand_loss")
@@ -354,21 +357,29 @@ def core_functions(quick, times, hand, repeat=50):
     def of(loss):
         return lambda: [torch.autograd.grad(loss(*case), case[:2]) for _ in range(2 if quick else repeat)]
 
-    return ratios(in_turn(of(hand), of(work.core_loss), times), same=same)
+    return ratios(in_turn(of(work.core_loss), of(hand), times), False, same=same)
 
 
-@row("toy-all", "--toy --method all, CPU time of everything", "on 2 cores", -150, arguments=["--method", "all"])
-@row("toy", "--toy, CPU time of everything", "on 2 cores", -40, arguments=[])
-def toy(quick, times, arguments):
-    """A process of its own, from its start to its table. Its time is that of all its threads."""
+@row("toy-all", "--toy --method all, CPU time of everything", "the script of --before", -1.08, most=1,
+     arguments=["--method", "all"])
+@row("toy", "--toy, CPU time of everything", "the script of --before", -1.08, most=5, arguments=[])
+def toy(quick, times, most, arguments):
+    """Processes of their own, from the start to the table, in turn. Of all threads; here it is one."""
     smoke = ["--sft-steps", "2", "--rl-steps", "1", "--eval-prompts", "40"] if quick else []
-    with tempfile.TemporaryDirectory() as folder:
-        before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
-        subprocess.run([sys.executable, ROOT / "nanoadagrpo.py", "--toy", "--device", "cpu", "--out", f"{folder}/run",
-                        *arguments, *smoke], check=True, capture_output=True, cwd=folder)
-        after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.time() - wall
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return dict(low=spent, middle=spent, high=spent, n=1, unit=" s", note=f"{wall:.0f} s on the wall, 1 thread")
+
+    def of(root):
+        with tempfile.TemporaryDirectory() as folder:
+            script, before = Path(root).resolve() / "nanoadagrpo.py", resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, script, "--toy", "--device", "cpu", "--out", f"{folder}/run", *arguments,
+                            *smoke], check=True, capture_output=True, cwd=folder)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    n = min(times, most)
+    if BEFORE:
+        return ratios([(of(ROOT), of(BEFORE)) for _ in range(n)], False)
+    low, middle, high = quartiles([of(ROOT) for _ in range(n)])
+    return dict(low=low, middle=middle, high=high, n=n, unit=" s", note="nothing to compare with: no --before")
 
 
 # -- how cost grows ----------------------------------------------------------------------------------------------------
@@ -418,7 +429,7 @@ def met(target, value):
 
 def line(name, result):
     says, peer, target, _ = ROWS[name]
-    target = target if work.DEVICE == "cpu" else None  # they are for one core
+    target = target if work.DEVICE == "cpu" and result["unit"] != " s" else None  # ratios, on one core
     unit, digits = result["unit"], 2 if result["middle"] < 5 else 1
     low, middle, high = (f"{result[key]:.{digits}f}" for key in ("low", "middle", "high"))
     limit = f"{'at least' if target > 0 else 'at most'} {abs(target):g}{unit}" if target else ""
@@ -464,7 +475,8 @@ def in_processes_of_their_own(rows, given, results):
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(given.results or f"{folder}/results.json")
         for names in together.values():
-            command = [sys.executable, __file__, "--rows", *names, "--times", str(given.times), "--results", str(saved)]
+            command = [sys.executable, __file__, "--rows", *names, "--times", str(given.times), "--results", str(saved),
+                       "--before", given.before]
             done = subprocess.run(command + ["--quick"] * given.quick, check=True, stdout=subprocess.PIPE, text=True)
             lines = done.stdout.splitlines()  # the last ones are a table of all so far
             print(*(x for x in lines if x.split(":")[0] in names), sep="\n", flush=True)
@@ -480,11 +492,13 @@ def main(argv=None):
     parser.add_argument("--results", default="", help="a JSON file to add to, so that rows can be run one by one")
     parser.add_argument("--sizes", action="store_true", help="instead: how a step's time grows with each size")
     parser.add_argument("--words", action="store_true", help="instead: with the model's vocabulary")
-    parser.add_argument("--before", default="", help="a checkout of another commit, for --words")
+    parser.add_argument("--before", default="", help="a checkout of another commit, for --words and toy")
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="a GPU has rows of its own, too")
     parser.add_argument("--memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    global BEFORE
+    BEFORE = given.before
     torch.set_num_threads(1)
     work.DEVICE, work.BF16 = given.device, given.device == "cuda"
     warnings.filterwarnings("ignore")
