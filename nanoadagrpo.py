@@ -578,7 +578,7 @@ def constrained(select, catalogue, distinct=False):
 class Prompts(NamedTuple):
     history: torch.Tensor  # (n, H) items, oldest first, -1 on the left where there are fewer
     target: torch.Tensor  # (n,) the item that was bought next
-    user: torch.Tensor  # (n,) number of the user, or of the row
+    user: torch.Tensor  # (n,) number of the user, or of the row; read by gates of your own
 
     def rows(self, index):
         return type(self)(*(x if x is None else x[index] for x in self))
@@ -1481,6 +1481,8 @@ def influence_table(row):
     noise = 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
     if R == chance == 0:
         verdict = "the gate is shut for any ranker among these beams: docs/faq.md"
+    elif chance - R > noise:
+        verdict = "clearly less often: rewards that tie (--ties max), or a ranker that is wrong (docs/faq.md)"
     elif R - chance <= noise:
         verdict = "no clear difference: expect nothing of the gate"
     else:
@@ -1589,8 +1591,9 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
     results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
                for row in rows if row["phase"] == "test"}
     tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-    about = f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, torch {torch.__version__} on "
-    about += f"{cfg.device}, {torch.get_num_threads()} threads"
+    about = (f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, {torch.get_num_threads()} threads\n"
+             f"script {zlib.crc32(Path(__file__).read_bytes()):08x}, torch {torch.__version__}, transformers "
+             f"{transformers.__version__} on {cfg.device}, {torch.backends.cpu.get_cpu_capability()}")
     if rank() == 0:
         if not names:
             policy.save(out / "policy")
@@ -1736,7 +1739,7 @@ def parse(argv):
         refuse_complete(out)
     cfg = Settings(**saved | given)
     if cfg.toy == bool(cfg.data):
-        raise UserError("say either --toy or --data DIR, not both")
+        raise UserError("say --toy or --data DIR, one of the two and not both")
     if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
         raise UserError(f"--log-to {cfg.log_to}: it is not installed; pip install {cfg.log_to}")
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

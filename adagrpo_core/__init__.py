@@ -3,7 +3,7 @@
 
 AdaGRPO trains a generative recommender on the supervised loss of every instance and lets the policy gradient
 speak only on instances where the policy struggles and the reward model can be trusted. Everything that decides or
-computes this is here, for any array-API library (NumPy, PyTorch, JAX, CuPy) and with no state.
+computes this is here, for any array-API library (NumPy, PyTorch, JAX; CuPy untried) and with no state.
 
 Shape letters: B prompts, K rollouts per prompt, M negatives, L tokens. Required arrays are positional-only, settings
 keyword-only, optional arrays may be given either way unless they stand after the ``*``.

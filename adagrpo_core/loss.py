@@ -302,8 +302,10 @@ def adagrpo_loss(
     mask : array, shape (B, K, L), boolean, optional
         True where a token of a rollout counts. A rollout without any cannot be ranked, so its prompt is not admitted.
     target_old_logp : array, shape (B,), real floating, optional
-        Length-normalised log-likelihood of the ground truth under the policy that sampled. Without it
-        ``target_token_logp`` is used, which is the same thing on-policy.
+        Length-normalised log-likelihood of the ground truth under the policy that sampled; with padding it takes the
+        mask, ``length_normalized(old_target_token_logp, target_mask)``. Without it ``target_token_logp`` is used, which
+        is the same thing on-policy. Take the mean in float32: if it is in half precision, the rollouts' means are
+        rounded like it, and what is then equal ties.
     ref_token_logp : array, shape (B, K, L), real floating, optional
         See :func:`grpo_loss`; the penalty is admitted or not along with the rest.
     tau, rho : float
@@ -373,7 +375,10 @@ def adagrpo_loss(
     if target_old_logp is None:
         target_old_logp = -nll
     check_shape(xp, "target_old_logp", target_old_logp, "B", sizes)
+    check_dtype(xp, "target_old_logp", target_old_logp, REAL)
     rollout_logp = length_normalized(widen(xp, old_token_logp), mask)  # the policy-side pool, but for the truth
+    if widen(xp, target_old_logp).dtype != target_old_logp.dtype:  # or the truth alone would be rounded, up or down
+        rollout_logp = xp.astype(rollout_logp, target_old_logp.dtype)
     pools = (target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
     difficult = difficulty(*pools[0], tau=tau, ties=ties)
     reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)

@@ -28,7 +28,7 @@ def advantage_rows(
     admits nobody. ties: of the rewards.
     repeats (B, K): which rollouts repeat the truth (see `repeats_of_truth`). They tie with it, and so do not beat it.
     By their log-likelihoods alone they might, a little: the same tokens in another micro-batch are rounded otherwise,
-    by 2e-3 in bfloat16, and a dozen such repeats would make an easy prompt look difficult. Where token ids are not at
+    by 3e-3 in bfloat16, and a dozen such repeats would make an easy prompt look difficult. Where token ids are not at
     hand, tol does the same: a rollout must be this much likelier than the truth to beat it.
     """
     difficult = core.difficulty(logp[:, -1] + tol, logp[:, :-1] - 1e9 * repeats, tau=tau)

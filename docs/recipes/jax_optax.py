@@ -11,6 +11,7 @@ from extra_row import core, which_core
 
 USERS, LEVELS, CODES = 8, 3, 6
 K, M, UPDATES = 12, 1, 2
+TOL = 1e-4  # in nats; in bfloat16 1e-2: a rollout that repeats the truth does not beat it by a rounding error
 RHO = 0.5  # the paper's tenth suits a large group: of 14 in the pool, a negative would have to be 11th or worse
 TRUTH = (jnp.arange(USERS)[:, None] + jnp.arange(LEVELS) * 2) % CODES  # (B, L)
 
@@ -36,7 +37,7 @@ def rollout(logits, key):
     return {
         "tokens": tokens,
         "old_logp": token_logp(logits, tokens),  # (B, K, L)
-        "target_old_logp": core.length_normalized(token_logp(logits, TRUTH)),  # (B,)
+        "target_old_logp": core.length_normalized(token_logp(logits, TRUTH).astype(jnp.float32)) + TOL,  # (B,)
         "rewards": reward(tokens),  # (B, K)
         "target_reward": reward(TRUTH),  # (B,)
         "negative_rewards": reward(core.ungroup(tokens)[drawn]),  # (B, M), under this row's prompt

@@ -245,6 +245,30 @@ def test_the_truth_is_judged_by_the_sampling_policy_where_its_likelihood_is_give
     np.testing.assert_array_equal(out.nll, xp.run(nll_loss, arrays[0]))
 
 
+HALF = {
+    "torch-bfloat16": (lambda x: torch.tensor(x).bfloat16(), lambda x: x.float()),
+    "torch-float16": (lambda x: torch.tensor(x).half(), lambda x: x.float()),
+    "jax-bfloat16": (lambda x: jnp.asarray(x, jnp.bfloat16), lambda x: x.astype(jnp.float32)),
+    "numpy-float16": (lambda x: np.asarray(x, np.float16), lambda x: x.astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("backend", HALF)
+@pytest.mark.parametrize("L", [1, 3, 7, 32])
+@pytest.mark.parametrize("mean_in_half", [True, False])
+def test_in_half_precision_rollouts_that_repeat_the_truth_tie_with_it(backend, L, mean_in_half):
+    """Every rollout has the truth's tokens, and so its likelihood: no prompt is difficult, however its mean is kept."""
+    half, single = HALF[backend]
+    rng, N, K = np.random.default_rng(L), 200, 8
+    target, rewards = rng.uniform(-6, -1, (N, L)), rng.normal(size=(N, K))
+    arrays = target, np.repeat(target[:, None], K, 1), rewards, np.full(N, 9.0), np.full((N, 1), -9.0)
+    target, rollouts, *rewards = map(half, arrays)
+    mean = length_normalized(target if mean_in_half else single(target))
+    out = adagrpo_loss(target, rollouts, rollouts, *rewards, target_old_logp=mean)
+    assert (out.policy_rank == 1).all() and not out.difficult.any()
+    assert adagrpo_loss(target, rollouts, rollouts, *rewards, target_old_logp=mean - 1).difficult.all()
+
+
 @every_backend
 def test_difficulty_is_judged_by_the_policy_that_sampled_not_by_the_one_that_learns(xp):
     target, new, old, *rewards = admitted()

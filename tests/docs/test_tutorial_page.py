@@ -49,8 +49,8 @@ def kind(line):
     if line.startswith("|"):
         title, *cells = line.strip("|").split("|")
         return title.strip(), len(cells)
-    line = re.sub(r"; (\S+ times as often: the ranker separates|no clear difference.*)\.$", "; VERDICT", line)
-    return re.sub(r"[\d.]+", "N", re.sub(r"torch \S+ on \S+", "torch", line))
+    line = re.sub(r"; (\S+ times as often: the ranker separates|(no clear|clearly less).*)\.$", "; VERDICT", line)
+    return re.sub(r"[\d.]+", "N", re.sub(r"^script .*", "script", line))
 
 
 def test_the_files_are_those_of_the_page_and_nothing_is_learnt_from_the_future(played):

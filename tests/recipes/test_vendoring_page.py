@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from check_peers import OPTIONS, PEERS
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import adagrpo_core as core
 import nanoadagrpo as nano
@@ -147,6 +149,52 @@ def test_what_the_core_returns_is_what_the_script_logs(page):
 
 
 # -- the sizes on the page -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_tokens_in_another_batch_differ_by_less_than_tol(dtype, scale):
+    """Seven more columns of padding. The page gives the size, and advises a tol of 1e-4, or 1e-2 in bfloat16."""
+    worst = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                             num_attention_heads=4, initializer_range=0.02 * scale)  # fmt: skip
+        model = LlamaForCausalLM(config).eval().to(dtype)
+        ids = torch.randint(300, (4, 34))
+        found = []
+        for padding in (0, 7):
+            mask = F.pad(torch.ones_like(ids), (padding, 0))
+            with torch.no_grad():
+                logits = model(input_ids=F.pad(ids, (padding, 0)), attention_mask=mask,
+                               position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -5:-1]  # fmt: skip
+            logp = logits.float().log_softmax(-1).gather(-1, ids[:, -4:, None])[..., 0]
+            found.append(core.length_normalized(logp))
+        worst.append((found[0] - found[1]).abs().max().item())
+    print(f"{dtype}, weights x {scale}: {max(worst):.1e} nats per token, median {np.median(worst):.1e}")
+    if dtype == torch.float32:
+        assert max(worst) < 1e-5
+    else:  # more than the tol of float32, so that it has to be larger; sharp weights may reach it
+        assert 1e-4 < max(worst) < (1e-2 if scale == 1 else 5e-2)
+
+
+def test_with_padding_the_truths_mean_takes_the_mask_and_the_gate_is_that_without_padding():
+    rng, N, K, L = np.random.default_rng(0), 500, 16, 10
+
+    def padded(*shape):
+        mask = np.arange(L) < rng.integers(2, 7, (*shape, 1))
+        return np.where(mask, -3 * rng.random((*shape, L)), 0.0), mask
+
+    (truth, target_mask), (rollouts, mask) = padded(N), padded(N, K)
+    pools = rng.normal(size=(N, K)), np.full(N, 9.0), np.full((N, 1), -9.0)
+    means = [np.asarray([x[i][m[i]].mean() for i in np.ndindex(m.shape[:-1])]).reshape(m.shape[:-1])
+             for x, m in ((truth, target_mask), (rollouts, mask))]  # fmt: skip
+    expected = core.difficulty(*means)
+    for advised in (True, False):  # the page: give length_normalized the mask as well
+        old = core.length_normalized(truth, target_mask if advised else None)
+        out = core.adagrpo_loss(truth, rollouts, rollouts, *pools, target_mask, mask, target_old_logp=old)
+        assert (out.difficult == expected).all() == advised
+    assert out.difficult.mean() < 0.1 < 0.6 < expected.mean()  # without it, the gate is all but shut
 
 
 def test_rewards_of_rows_would_all_but_shut_the_gate():
