@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fences import FENCE
+from fences import FENCE, blocks
 from test_data_page import EXAMPLES, TINY, unpack
 
 import adagrpo_core as core
@@ -428,6 +428,19 @@ def test_what_the_results_say_is_what_the_tables_say(monkeypatch):
              for key in ("hr@10", "utility@10") for pair in itertools.permutations(arms[key].values(), 2)
              for seeds in (slice(10), slice(10, 20), slice(20))]  # each set, and both
     assert len(numbers) > 4 and [number for number in numbers if number not in "".join([*written, *later])] == []
+
+
+def test_the_code_of_random_at_ds_rate_runs_and_admits_as_many_of_each_batch_as_d(monkeypatch):
+    (code,) = blocks((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), "py")
+    given = []
+    monkeypatch.setattr(nano, "METHODS", dict(nano.METHODS))
+    monkeypatch.setattr(nano, "main", lambda argv: given.append(nano.parse(argv)))
+    exec(code, {})
+    assert [cfg.seed for cfg in given] == json.loads((ROOT / "docs/evidence/random-at-d.json").read_text())["seeds"]
+    D, generator = torch.arange(64) < 35, torch.Generator().manual_seed(0)
+    admitted = [nano.METHODS["random-at-d"].admit(D, ~D, None, generator) for _ in range(400)]
+    assert {x.sum().item() for x in admitted} == {35}
+    assert (torch.stack(admitted).double().mean(0) - 35 / 64).abs().max() < 0.12  # five standard errors
 
 
 def test_the_toys_findings_are_what_its_tables_say():
