@@ -611,9 +611,9 @@ LAYOUTS = {"index.json": ".csv", "catalogue.json": ".jsonl"}  # catalogue -> end
 def load_data(folder, cfg):
     """Read MiniOneRec's layout or JSONL, see docs/data.md."""
     folder, device = Path(folder), cfg.device
-    source = next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    source = next((name for name in LAYOUTS if os.path.isfile(folder / name)), None)  # never raises
     if not source:
-        raise UserError(f"{folder}: holds neither index.json nor catalogue.json, see docs/data.md"
+        raise UserError(f"{folder}: holds neither index.json nor catalogue.json to read, see docs/data.md"
                         + "; if the data have moved, name them by --data" * bool(cfg.resume))
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source]
     for name, other in itertools.product(("rl", "log"), LAYOUTS.values()):
@@ -729,7 +729,7 @@ def read_rows(path, catalogue, source, cfg):
                 raise UserError("more cells than the header has")
             unread = row.keys() - like.keys()  # or it is no object
             for name in sorted(unread) if is_log else ():
-                if re.fullmatch(r"\W*order(s|ed)?\W*", name, re.I):
+                if re.fullmatch(r"[\W_]*order(s|ed)?[\W_]*", name, re.I):
                     raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
             for column in like:
                 cell = row.get(column, row)
@@ -953,6 +953,7 @@ def own_reward(cfg, names, history, item):
             if isinstance(x, list | tuple) and any(hasattr(row, "shape") for row in x):
                 return torch.stack([*map(numbers, x)])  # torch takes no list of tensors
             x = x.copy() if isinstance(x, np.ndarray) else x  # it may be read-only
+            getattr(x, "close", bool)()  # or Python would say that nobody awaited a coroutine
             return torch.as_tensor(x, dtype=torch.float64, device=item.device)
 
         parts = {key: numbers(parts[key]) for key in names}
@@ -967,8 +968,8 @@ def own_reward(cfg, names, history, item):
         place = [f" in {x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)
                  if x.filename != __file__ and "importlib" not in x.filename]
         what = type(error).__name__ + "".join(place[:1])
-        raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected "
-                        "package.module:function that gives each item a number (docs/models.md)") from None
+        raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected package.module:"
+                        "function, found from here, that gives each item a number (docs/models.md)") from None
     finally:
         with contextlib.suppress(ValueError, OSError):
             os.chdir(here)
@@ -1064,8 +1065,8 @@ def make_policy(model, catalogue, cfg):
 def pretrained_policy(catalogue, cfg):
     """The causal language model --model, from the hub or a folder, cut to Semantic IDs."""
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
-    what, remedy = f"--model {cfg.model}", ("expected a decoder-only model of plain attention, folder or hub "
-                                            "name, with config.json and safetensors")
+    what = f"--model {cfg.model}" + ", no folder here" * (not os.path.isdir(cfg.model))
+    remedy = "expected a decoder-only model of plain attention, hub name or folder: config.json, safetensors"
     with in_one_line(what, remedy):
         config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         what += f", a {config.model_type}"
@@ -1712,12 +1713,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    first, _, examples, *_ = __doc__.split("\n\n")
+    first, _, examples, *_ = (__doc__ or "\n\n" * 2).split("\n\n")  # python -OO has none
     parser = Parser("nanoadagrpo", "nanoadagrpo.py --toy | --data DIR [...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS,  # what is parsed are the flags that were given
                     description=f"{first}\nMethods: {', '.join(METHODS)}, all.\n\n{examples}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # or -1e3 would be taken for a flag
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf)")  # or -1e3 would be a flag
     for field in dataclasses.fields(Settings):
         x, about, flag = field.default, field.metadata, to_flag(field.name)
         if about["group"]:  # begins with this one
@@ -1728,7 +1729,8 @@ def parse(argv):
         shown = f"{x:.3g}" if isinstance(x, float) else x
         text = about["help"] + f" (default: {shown})" * (x != "")
         metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
-        group.add_argument(flag, type=type(x), metavar="|".join(about["choices"]) or metavar, help=text)
+        kind = os.path.expanduser if x == "" else type(x)  # --out=~/x: no shell does it there
+        group.add_argument(flag, type=kind, metavar="|".join(about["choices"]) or metavar, help=text)
     given, saved = vars(parser.parse_args(argv)), {}
     if given.get("resume"):
         out = Path(given["resume"])
@@ -1745,7 +1747,7 @@ def parse(argv):
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and device.startswith("cuda"):  # torchrun, with one process too
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with in_one_line(f"--device {device}"):
+    with in_one_line(f"--device {device}", "take auto or cpu"):
         torch.zeros(1, device=device).item()
     return dataclasses.replace(cfg, device=device)
 
@@ -1798,14 +1800,15 @@ def main(argv=None):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
             text = f"process {process}: {text}"
-        if process == "0" or code == 2:
-            print(f"nanoadagrpo: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
+            if process == "0" or code == 2:
+                print(f"nanoadagrpo: {text}", file=sys.stderr, flush=True)
         raise SystemExit(code) from None
     finally:
         at_the_end.close()
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # a folder's name may hold what a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # a folder's name may hold what a terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     main()

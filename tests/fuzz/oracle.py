@@ -124,7 +124,7 @@ class Reading:
     def almost_order(self, file, names, lines):
         """Would a column be left out because of its spelling?"""
         for name in names:
-            if name != "order" and re.sub(r"^\W+|\W+$", "", str(name)).lower() in ("order", "orders", "ordered"):
+            if name != "order" and re.sub(r"^[\W_]+|[\W_]+$", "", str(name)).lower() in ("order", "orders", "ordered"):
                 raise Bad(file, f"{name!r:.40}, which is not read", lines)
 
     def row(self, file, row, lines, log):

@@ -156,6 +156,41 @@ def test_a_floor_may_be_any_number_in_any_notation(text, value):
     assert nano.parse(["--toy", "--floor", text]).floor == value
 
 
+@pytest.mark.parametrize("text", ["-inf", "inf", "nan", "-1e31", "1e31"])
+def test_a_floor_that_is_no_number_in_range_is_refused_as_a_number(refused, text):
+    assert f"--floor {float(text)}: must be finite" in refused("--toy", "--floor", text)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model", "--out", "--resume"])
+def test_a_home_is_understood_where_the_shell_has_left_it(folder, monkeypatch, capsys, flag):
+    """bash replaces ~ after a blank, not after =; a folder called ~ would be made otherwise."""
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    if flag == "--resume":
+        with pytest.raises(nano.UserError, match=re.escape(f"{folder}{os.sep}here")):
+            nano.parse(["--resume=~/here"])
+        return
+    other = [] if flag == "--data" else ["--toy"]
+    assert getattr(nano.parse([*other, f"{flag}=~/here"]), flag[2:]) == os.path.join(folder, "here")
+    assert getattr(nano.parse([*other, f"{flag}=a/~/b"]), flag[2:]) == "a/~/b"
+
+
+def test_a_model_that_is_no_folder_here_is_said_to_be_none(refused, folder, monkeypatch):
+    """Without a network the hub's library speaks of the network alone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    jsonl(folder / "shop")
+    assert "--model checkpoints/mine, no folder here: " in refused(*data("shop"), "--model", "checkpoints/mine")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_entered_is_refused_by_its_name(refused, folder):
+    jsonl(folder / "shop").chmod(0o600)
+    try:
+        assert "shop: holds neither index.json nor catalogue.json to read" in refused(*data("shop"))
+    finally:
+        (folder / "shop").chmod(0o700)
+
+
 def test_steps_may_be_none_at_all():
     cfg = nano.parse(["--toy", "--sft-steps", "0", "--rl-steps", "0", "--save-every", "0", "--micro-batch-size", "0"])
     assert (cfg.sft_steps, cfg.rl_steps) == (0, 0)

@@ -105,6 +105,31 @@ def test_an_output_that_cannot_be_written_hides_no_refusal(tmp_path, end):
 
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell's >&- and /dev/full")
+@pytest.mark.parametrize("end", ["2>&-", "2> /dev/full", "2>&1 >&- | true; exit ${PIPESTATUS[0]}"])
+def test_an_error_that_cannot_be_said_still_ends_in_exit_code_2(tmp_path, end):
+    command = f'"{sys.executable}" "{nano.__file__}" --toy --group-size 1 {end}'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["-O"], ["-OO"], ["-I"], ["-W", "error", "-X", "dev"]], ids=" ".join)
+def test_pythons_own_flags_change_nothing_about_help_and_refusals(tmp_path, flags):
+    """-OO takes the docstrings away, from which the help is made."""
+    command = [sys.executable, *flags, nano.__file__]
+    helped = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert helped.returncode == 0 and "--group-size" in helped.stdout and helped.stderr == ""
+    done = subprocess.run([*command, "--toy", "--group-size", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--group-size" in done.stderr
+
+
+def test_it_runs_where_standard_output_was_replaced_as_in_a_notebook(tmp_path):
+    text = (f"import io, runpy, sys\nsys.argv = ['nanoadagrpo', '--data', 'nowhere']\nsys.stdout = io.StringIO()\n"
+            f"runpy.run_path({nano.__file__!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("nanoadagrpo: nowhere: "), done.stderr
+
+
 def test_the_toy_runs_from_the_command_line_and_leaves_what_it_promises(tmp_path):
     options = "--toy --sft-steps 5 --rl-steps 3 --beam-width 12 --eval-prompts 20 --device cpu --out results/première"
     command = [sys.executable, nano.__file__, *options.split()]

@@ -207,7 +207,7 @@ def test_a_log_without_its_columns_or_with_one_of_them_twice_is_refused(folder, 
 
 
 @both
-@pytest.mark.parametrize("name", ["Order", " order", "order ", "orders", "ordered", "ORDER"])
+@pytest.mark.parametrize("name", ["Order", " order", "order ", "orders", "ordered", "ORDER", "order_", "_Orders"])
 def test_orders_under_almost_the_right_name_are_not_left_out_in_silence(folder, capsys, layout, name):
     layout(folder / "shop")
     [path] = (folder / "shop").glob("log.*")
