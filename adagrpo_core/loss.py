@@ -301,11 +301,10 @@ def adagrpo_loss(
         True where a token of the ground truth counts.
     mask : array, shape (B, K, L), boolean, optional
         True where a token of a rollout counts. A rollout without any cannot be ranked, so its prompt is not admitted.
-    target_old_logp : array, shape (B,), real floating, optional
-        Length-normalised log-likelihood of the ground truth under the policy that sampled; with padding it takes the
-        mask, ``length_normalized(old_target_token_logp, target_mask)``. Without it ``target_token_logp`` is used, which
-        is the same thing on-policy. Take the mean in float32: if it is in half precision, the rollouts' means are
-        rounded like it, and what is then equal ties.
+    target_old_logp : array, shape (B, L*) or (B,), real floating, optional
+        Log-probability of the ground truth's tokens under the policy that sampled; or its mean over those that count,
+        best in float32: if it is in half precision, the rollouts' means are rounded like it, and what is then equal
+        ties. Without it ``target_token_logp`` is used, which is the same thing on-policy.
     ref_token_logp : array, shape (B, K, L), real floating, optional
         See :func:`grpo_loss`; the penalty is admitted or not along with the rest.
     tau, rho : float
@@ -374,12 +373,12 @@ def adagrpo_loss(
     nll = nll_loss(widen(xp, target_token_logp), target_mask)
     if target_old_logp is None:
         target_old_logp = -nll
+    elif tuple(target_old_logp.shape) == tuple(target_token_logp.shape):  # per token
+        check_dtype(xp, "target_old_logp", target_old_logp, REAL)
+        target_old_logp = length_normalized(widen(xp, target_old_logp), target_mask)
     check_shape(xp, "target_old_logp", target_old_logp, "B", sizes)
-    check_dtype(xp, "target_old_logp", target_old_logp, REAL)
-    rollout_logp = length_normalized(widen(xp, old_token_logp), mask)  # the policy-side pool, but for the truth
-    if widen(xp, target_old_logp).dtype != target_old_logp.dtype:  # or the truth alone would be rounded, up or down
-        rollout_logp = xp.astype(rollout_logp, target_old_logp.dtype)
-    pools = (target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
+    rollout_logp = length_normalized(widen(xp, old_token_logp), mask)
+    pools = _equally_precise(xp, target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
     difficult = difficulty(*pools[0], tau=tau, ties=ties)
     reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)
     clip = sample_clip(difficult, reliable)
@@ -397,6 +396,12 @@ def adagrpo_loss(
         policy_rank(*pools[0], ties=ties),
         *reward_ranks(*pools[1], ties=ties),
     )
+
+
+def _equally_precise(xp, target, rollouts):
+    """The policy's pool. In half precision a truth would beat its own copies, or not, by how its mean was rounded."""
+    half = widen(xp, target).dtype != target.dtype
+    return target, xp.astype(rollouts, target.dtype) if half else rollouts
 
 
 def _clipped_gap(xp, logp, old, A, live, epsilon, epsilon_high):

@@ -37,7 +37,7 @@ def rollout(logits, key):
     return {
         "tokens": tokens,
         "old_logp": token_logp(logits, tokens),  # (B, K, L)
-        "target_old_logp": core.length_normalized(token_logp(logits, TRUTH).astype(jnp.float32)) + TOL,  # (B,)
+        "target_old_logp": token_logp(logits, TRUTH).astype(jnp.float32) + TOL,  # (B, L)
         "rewards": reward(tokens),  # (B, K)
         "target_reward": reward(TRUTH),  # (B,)
         "negative_rewards": reward(core.ungroup(tokens)[drawn]),  # (B, M), under this row's prompt

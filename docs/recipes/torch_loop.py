@@ -40,7 +40,7 @@ def rollout(logits, generator):
     return {
         "tokens": tokens,
         "old_logp": token_logp(logits, tokens),  # (B, K, L)
-        "target_old_logp": core.length_normalized(token_logp(logits, TRUTH).float()) + TOL,  # (B,)
+        "target_old_logp": token_logp(logits, TRUTH).float() + TOL,  # (B, L)
         "rewards": reward(tokens),  # (B, K)
         "target_reward": reward(TRUTH),  # (B,)
         "negative_rewards": reward(core.ungroup(tokens)[drawn]),  # (B, M), under this row's prompt

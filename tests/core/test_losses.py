@@ -270,6 +270,19 @@ def test_in_half_precision_rollouts_that_repeat_the_truth_tie_with_it(backend, L
 
 
 @every_backend
+def test_the_likelihood_that_the_sampling_policy_gave_the_truth_may_be_given_per_token(xp):
+    """Then its mean is taken over the tokens that count; NaN behind the mask is not read."""
+    arrays, mask = admitted(), np.asarray([[True] * 3, [True, False, False], [True, True, False], [True] * 3])
+    known = np.asarray([[-3.5] * 3, [-0.5, NAN, -99], [-3.0, -4.0, NAN], [-1.0, NAN, -1.0]])
+    assert arrays[0].shape == known.shape
+    out = xp.run(adagrpo_loss, *arrays, mask, target_old_logp=known)
+    mean = xp.run(adagrpo_loss, *arrays, mask, target_old_logp=np.asarray([-3.5, -0.5, -3.5, NAN]))
+    assert out.clip.tolist() == mean.clip.tolist() == [True, False, True, False]
+    assert out.policy_rank.tolist() == mean.policy_rank.tolist()
+    np.testing.assert_array_equal(out.loss, mean.loss)
+
+
+@every_backend
 def test_difficulty_is_judged_by_the_policy_that_sampled_not_by_the_one_that_learns(xp):
     target, new, old, *rewards = admitted()
     assert xp.run(adagrpo_loss, target, new - 9, old, *rewards).clip.all()

@@ -52,7 +52,7 @@ def test_numpys_written_out_gradient_of_the_rows_is_that_of_the_explicit_loss():
     batch = {
         "tokens": tokens,
         "old_logp": torch_loop.token_logp(policy.detach(), tokens),
-        "target_old_logp": torch_loop.token_logp(policy.detach(), torch_loop.TRUTH).mean(-1),
+        "target_old_logp": torch_loop.token_logp(policy.detach(), torch_loop.TRUTH),
         "rewards": torch_loop.reward(tokens).double(),
         "target_reward": torch_loop.reward(torch_loop.TRUTH).double(),
         "negative_rewards": torch_loop.reward(torch.from_numpy(rows.reshape(-1, rows.shape[-1])[negatives])).double(),

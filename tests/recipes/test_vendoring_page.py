@@ -178,7 +178,7 @@ def test_the_same_tokens_in_another_batch_differ_by_less_than_tol(dtype, scale):
         assert 1e-4 < max(worst) < (1e-2 if scale == 1 else 5e-2)
 
 
-def test_with_padding_the_truths_mean_takes_the_mask_and_the_gate_is_that_without_padding():
+def test_with_padding_the_gate_is_that_without_it_but_not_where_the_truths_mean_is_over_padding():
     rng, N, K, L = np.random.default_rng(0), 500, 16, 10
 
     def padded(*shape):
@@ -190,11 +190,10 @@ def test_with_padding_the_truths_mean_takes_the_mask_and_the_gate_is_that_withou
     means = [np.asarray([x[i][m[i]].mean() for i in np.ndindex(m.shape[:-1])]).reshape(m.shape[:-1])
              for x, m in ((truth, target_mask), (rollouts, mask))]  # fmt: skip
     expected = core.difficulty(*means)
-    for advised in (True, False):  # the page: give length_normalized the mask as well
-        old = core.length_normalized(truth, target_mask if advised else None)
+    for old, right in ((truth, True), (core.length_normalized(truth, target_mask), True), (truth.mean(-1), False)):
         out = core.adagrpo_loss(truth, rollouts, rollouts, *pools, target_mask, mask, target_old_logp=old)
-        assert (out.difficult == expected).all() == advised
-    assert out.difficult.mean() < 0.1 < 0.6 < expected.mean()  # without it, the gate is all but shut
+        assert (out.difficult == expected).all() == right
+    assert out.difficult.mean() < 0.1 < 0.6 < expected.mean()  # a mean over padding: the gate is all but shut
 
 
 def test_rewards_of_rows_would_all_but_shut_the_gate():
