@@ -302,9 +302,9 @@ def adagrpo_loss(
     mask : array, shape (B, K, L), boolean, optional
         True where a token of a rollout counts. A rollout without any cannot be ranked, so its prompt is not admitted.
     target_old_logp : array, shape (B, L*) or (B,), real floating, optional
-        Log-probability of the ground truth's tokens under the policy that sampled; or its mean over those that count,
-        best in float32: if it is in half precision, the rollouts' means are rounded like it, and what is then equal
-        ties. Without it ``target_token_logp`` is used, which is the same thing on-policy.
+        Log-probability of the ground truth's tokens under the policy that sampled, or its mean over those that count.
+        Without it ``target_token_logp`` is used, which is the same thing on-policy. If it and ``old_token_logp`` have
+        two dtypes, the wider is rounded to the narrower, so that copies of the truth tie with it.
     ref_token_logp : array, shape (B, K, L), real floating, optional
         See :func:`grpo_loss`; the penalty is admitted or not along with the rest.
     tau, rho : float
@@ -371,14 +371,14 @@ def adagrpo_loss(
     check_finite(xp, "lam", lam, token_logp)
 
     nll = nll_loss(widen(xp, target_token_logp), target_mask)
-    if target_old_logp is None:
-        target_old_logp = -nll
-    elif tuple(target_old_logp.shape) == tuple(target_token_logp.shape):  # per token
-        check_dtype(xp, "target_old_logp", target_old_logp, REAL)
-        target_old_logp = length_normalized(widen(xp, target_old_logp), target_mask)
-    check_shape(xp, "target_old_logp", target_old_logp, "B", sizes)
-    rollout_logp = length_normalized(widen(xp, old_token_logp), mask)
-    pools = _equally_precise(xp, target_old_logp, rollout_logp), (target_reward, rewards, negative_rewards)
+    truth, rollouts = target_token_logp if target_old_logp is None else target_old_logp, old_token_logp
+    if tuple(truth.shape) == tuple(target_token_logp.shape):  # per token
+        check_dtype(xp, "target_old_logp", truth, REAL)
+        truth, rollouts = _equally_precise(xp, truth, rollouts)
+        truth = -nll if truth is target_token_logp else length_normalized(widen(xp, truth), target_mask)
+    check_shape(xp, "target_old_logp", truth, "B", sizes)
+    rollouts = length_normalized(widen(xp, rollouts), mask)
+    pools = _equally_precise(xp, truth, rollouts), (target_reward, rewards, negative_rewards)
     difficult = difficulty(*pools[0], tau=tau, ties=ties)
     reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)
     clip = sample_clip(difficult, reliable)
@@ -398,10 +398,10 @@ def adagrpo_loss(
     )
 
 
-def _equally_precise(xp, target, rollouts):
-    """The policy's pool. In half precision a truth would beat its own copies, or not, by how its mean was rounded."""
-    half = widen(xp, target).dtype != target.dtype
-    return target, xp.astype(rollouts, target.dtype) if half else rollouts
+def _equally_precise(xp, a, b):
+    """Both in the dtype of fewer bits. Else a truth would beat its own copies, or not, by how one side was rounded."""
+    spare = xp.finfo(a.dtype).bits - xp.finfo(b.dtype).bits
+    return xp.astype(a, b.dtype) if spare > 0 else a, xp.astype(b, a.dtype) if spare < 0 else b
 
 
 def _clipped_gap(xp, logp, old, A, live, epsilon, epsilon_high):
