@@ -1592,7 +1592,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
     results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
                for row in rows if row["phase"] == "test"}
     tests = f"{len(prompts['test'].target)} test prompts, beams of width {cfg.beam_width}"
-    about = (f"{learnt}\n{tests}; {time.time() - began:.0f} s in all, {torch.get_num_threads()} threads\n"
+    about = (f"{learnt}\n{tests}; {time.time() - began:.0f} s, {torch.get_num_threads()} threads\n"
              f"script {zlib.crc32(Path(__file__).read_bytes()):08x}, torch {torch.__version__}, transformers "
              f"{transformers.__version__} on {cfg.device}, {torch.backends.cpu.get_cpu_capability()}")
     if rank() == 0:

@@ -6,7 +6,7 @@ the end-of-sequence token where rollouts end by one). num_generations is K+1: on
 the ground truth. The reward function is called twice, for the group and for the negatives. See trl_run.py.
 
 Not for agents: with rollout_func, tools or environments a completion is more than one generation, and the ground truth
-would not stand where it should. Each batch is checked for it.
+would not stand where it should. Each batch is checked for it. For text alone: D's likelihoods see no images.
 
 TRL shuffles rows after generation and deals groups out over micro-batches and processes. That is harmless: a row
 carries its advantage with it, and the loss is a mean over rows.
@@ -26,6 +26,7 @@ class AdaGRPOTrainer(GRPOTrainer):
         needed = {"loss_type": "grpo", "beta": 0.0, "temperature": 1.0, "num_iterations": 1, "entropy_coef": 0.0,
                   "use_adaptive_entropy": False, "top_entropy_quantile": 1.0, "mask_truncated_completions": False,
                   "off_policy_mask_threshold": None, "disable_dropout": True,
+                  "scale_rewards": "group", "multi_objective_aggregation": "sum_then_normalize",
                   "steps_per_generation": args.gradient_accumulation_steps}  # fmt: skip
         for name, value in needed.items():
             if getattr(args, name) != value:

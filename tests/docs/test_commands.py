@@ -39,6 +39,7 @@ RUN_BY = {
     "python docs/figures/dynamics.py": "tests/docs/test_figures.py",
     "python tests/recipes/on_copy.py": "tests/recipes/test_vendored_copy.py",
     "python tests/recipes/check_peers.py": "tests/recipes/check_peers.py",  # needs every peer: run by hand
+    "cp data/Amazon/": "tests/docs/test_data_page.py",
     "pytest -m peers": ".ci/run",
     "pytest": ".ci/run",
     "pip install -e": ".ci/run",

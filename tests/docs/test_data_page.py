@@ -2,13 +2,16 @@
 """docs/data.md: its example is read and trained on, its functions write what the script reads."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from fences import blocks
+from test_commands import shop
 
 import nanoadagrpo as nano
 
@@ -139,6 +142,22 @@ def test_a_table_of_showings_becomes_a_log(tmp_path):
         {"history": [[0, 0], [1, 0]], "shown": [[1, 1]], "click": [0], "order": [0]},
     ]
     assert len(nano.load_data(folder, nano.Settings(device="cpu")).log.item) == 5
+    play(WRITE_LOG)["write_log"](frame.drop(columns="long_view"), sid, folder / "log.jsonl", order="")  # clicks alone
+    assert nano.load_data(folder, nano.Settings(device="cpu")).log.order is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's loop")
+def test_minionerecs_folders_are_brought_into_one_as_the_page_says(tmp_path):
+    shop(tmp_path / "flat")
+    for part, name in (("index", "index.json"), ("train", "train.csv"), ("valid", "valid.csv"), ("test", "test.csv")):
+        (tmp_path / "data" / "Amazon" / part).mkdir(parents=True)
+        there = f"Industrial_and_Scientific{'.' if part == 'index' else '_5_2016-10-2018-11.'}{name.split('.', 1)[-1]}"
+        there = there if part != "index" else "Industrial_and_Scientific.index.json"
+        (tmp_path / "flat" / name).rename(tmp_path / "data" / "Amazon" / part / there)
+    lines = re.findall(r"^    ((?:mkdir DIR|for part in).*)$", PAGE, flags=re.M)
+    assert len(lines) == 2
+    subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=tmp_path, check=True)
+    assert nano.load_data(tmp_path / "DIR", nano.Settings(device="cpu")).catalogue.N == 12
 
 
 def test_the_toy_written_to_a_folder_gives_the_toys_own_metrics(tmp_path, monkeypatch):

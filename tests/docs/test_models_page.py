@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Code of docs/models.md that tests/nano/test_models.py does not run: the rows put back into the large model."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-OWN, PUT_BACK = blocks(PAGE)
+OWN, NUMBER, PUT_BACK = blocks(PAGE)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,16 @@ def play(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     exec(block, names := {})
     return names
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_item_numbers_are_those_that_a_reward_sees_also_where_items_share_a_semantic_id(tmp_path, as_list):
+    sids = [["<a_1>", "<b_0>"], ["<a_0>", "<b_0>"], ["<a_1>", "<b_0>"], ["<a_0>", "<b_1>"], ["<a_0>", "<b_0>"]]
+    (tmp_path / "index.json").write_text(json.dumps(sids if as_list else {f"x{i}": sid for i, sid in enumerate(sids)}))
+    code = NUMBER.replace("DIR", str(tmp_path)).replace(".values()", "" if as_list else ".values()")
+    exec(code, names := {})
+    assert names["number"] == nano.Catalogue(nano.read_catalogue(tmp_path / "index.json")).row
+    assert names["number"][("<a_0>", "<b_1>")] == 2
 
 
 @torch.no_grad()

@@ -85,6 +85,27 @@ def test_the_batch_changes_nothing_and_fewer_beams_give_fewer_items(played, monk
     assert [len(row["items"]) for row in written(folder, "few.jsonl")][:4] == [2, 2, 2, 2]
 
 
+def test_unknown_items_are_left_out_and_the_longest_known_history_is_taken(played, monkeypatch):
+    folder, names = played
+    monkeypatch.chdir(folder)
+    history = ["7", "new", *(str(i) for i in range(8)), "unheard of", "3"]
+    rows = [["new", "3"], ["3"], history, [item for item in history if item in names["sids"]], ["new"], []]
+    Path("odd.jsonl").write_text("".join(json.dumps(dict(user=i, history=x)) + "\n" for i, x in enumerate(rows)))
+    names["recommend"]("odd.jsonl", "odd-items.jsonl")
+    found = [row["items"] for row in written(folder, "odd-items.jsonl")]
+    assert found[0] == found[1] and found[2] == found[3] and found[4] == found[5] and all(found)
+
+
+def test_items_that_share_a_semantic_id_with_one_of_the_history_are_not_recommended(played, monkeypatch):
+    folder, names = played
+    monkeypatch.chdir(folder)
+    Path("own.jsonl").write_text(json.dumps(dict(user=0, history=["3"])) + "\n")
+    monkeypatch.setitem(names["sids"], "twin of 3", names["sids"]["3"])
+    names["recommend"]("own.jsonl", "own-items.jsonl", n=12)
+    [row] = written(folder, "own-items.jsonl")
+    assert len(row["items"]) == 11 and not {"3", "twin of 3"} & {*row["items"]}
+
+
 @pytest.mark.parametrize("like", [lambda i: [i % 2, i % 3, i % 5, i], lambda i: [f"<{i % 2}>", f"<{i}>"],
                                   lambda i: [i]], ids=["four", "twice", "one"])
 def test_a_dictionary_of_any_tokens_and_length_is_spelt_as_the_policy_spells_it(like, tmp_path, monkeypatch):

@@ -115,7 +115,9 @@ def test_trls_own_advantages_are_ours_with_its_eps_and_correction(tmp_path):
 
 @pytest.mark.parametrize("setting", [{"beta": 0.1}, {"loss_type": "dapo"}, {"num_iterations": 2}, {"temperature": 0.7},
                                      {"steps_per_generation": 2}, {"entropy_coef": 0.1}, {"disable_dropout": False},
-                                     {"off_policy_mask_threshold": 0.5}])  # fmt: skip
+                                     {"off_policy_mask_threshold": 0.5}, {"scale_rewards": "batch"},
+                                     {"scale_rewards": False},
+                                     {"multi_objective_aggregation": "normalize_then_sum"}])  # fmt: skip
 def test_settings_under_which_the_rows_would_not_add_up_are_refused(tmp_path, setting):
     import trl_run
 
