@@ -400,6 +400,8 @@ def adagrpo_loss(
 
 def _equally_precise(xp, a, b):
     """Both in the dtype of fewer bits. Else a truth would beat its own copies, or not, by how one side was rounded."""
+    if a.dtype == b.dtype:
+        return a, b
     spare = xp.finfo(a.dtype).bits - xp.finfo(b.dtype).bits
     return xp.astype(a, b.dtype) if spare > 0 else a, xp.astype(b, a.dtype) if spare < 0 else b
 
