@@ -1066,7 +1066,7 @@ def pretrained_policy(catalogue, cfg):
     """The causal language model --model, from the hub or a folder, cut to Semantic IDs."""
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
     what = f"--model {cfg.model}" + ", no folder here" * (not os.path.isdir(cfg.model))
-    remedy = "expected a decoder-only model of plain attention, hub name or folder: config.json, safetensors"
+    remedy = "expected a decoder-only model of plain attention (config.json, safetensors): hub name or folder"
     with in_one_line(what, remedy):
         config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         what += f", a {config.model_type}"
@@ -1802,7 +1802,7 @@ def main(argv=None):
             text = f"process {process}: {text}"
         with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
             if process == "0" or code == 2:
-                print(f"nanoadagrpo: {text}", file=sys.stderr, flush=True)
+                print(f"nanoadagrpo: {text}", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
         at_the_end.close()

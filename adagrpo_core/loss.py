@@ -337,7 +337,8 @@ def adagrpo_loss(
     exactly nothing else, to value and gradient, even if its rewards or ratios are NaN or infinite. An infinite reward
     can be ranked but has no advantage: among the rollouts of an admitted prompt it makes that prompt's loss NaN.
 
-    Half precision is widened to float32 first and rounded once at the end, so ranks are those of the given values.
+    Half precision is widened to float32 first and rounded once at the end, so ranks are those of the given values,
+    but for log-probabilities of two dtypes (see ``target_old_logp``).
 
     Of the settings only ``lam`` may be traced; name the others in ``jax.jit``'s static_argnames.
 

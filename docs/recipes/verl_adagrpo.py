@@ -17,14 +17,12 @@ rows, which group_by refuses as a ragged group.
 import numpy as np
 import torch
 import transfer_queue as tq
-from extra_row import advantage_rows, negative_rows, repeats_of_truth
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth
 from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.workers.utils.padding import response_to_nested
-
-import adagrpo_core as core
 
 GATE = {"lam": 1.0, "ties": "min"}
 NEGATIVES = 1

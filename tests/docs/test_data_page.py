@@ -149,11 +149,12 @@ def test_a_table_of_showings_becomes_a_log(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="a shell's loop")
 def test_minionerecs_folders_are_brought_into_one_as_the_page_says(tmp_path):
     shop(tmp_path / "flat")
-    for part, name in (("index", "index.json"), ("train", "train.csv"), ("valid", "valid.csv"), ("test", "test.csv")):
-        (tmp_path / "data" / "Amazon" / part).mkdir(parents=True)
-        there = f"Industrial_and_Scientific{'.' if part == 'index' else '_5_2016-10-2018-11.'}{name.split('.', 1)[-1]}"
-        there = there if part != "index" else "Industrial_and_Scientific.index.json"
-        (tmp_path / "flat" / name).rename(tmp_path / "data" / "Amazon" / part / there)
+    theirs = {f"{part}.csv": f"{part}/Industrial_and_Scientific_5_2016-10-2018-11.csv"
+              for part in ("train", "valid", "test")}
+    for name, there in {"index.json": "index/Industrial_and_Scientific.index.json", **theirs}.items():
+        path = tmp_path / "data" / "Amazon" / there
+        path.parent.mkdir(parents=True)
+        (tmp_path / "flat" / name).rename(path)
     lines = re.findall(r"^    ((?:mkdir DIR|for part in).*)$", PAGE, flags=re.M)
     assert len(lines) == 2
     subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=tmp_path, check=True)
