@@ -377,17 +377,18 @@ def draw_negatives(items, prompt_rows, M, generator):
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
 
-def learn(policy, batch, rollout_batch, prefilled, method, cfg):
+def learn(policy, batch, judged, prefilled, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `rollout_batch` (None: no rollouts) holds the A admitted prompts' rows in the micro-batch (A,), tokens and
-    old log-probabilities (A, K, L) of their rollouts, and advantages (A, K). `prefilled`: see `rollout`.
+    `judged` (empty without rollouts) is who is admitted (b,), tokens and log-probabilities (b, K, L) of the
+    rollouts, and their advantages (b, K). `prefilled`: see `rollout`.
     """
     cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(target_logp)  # (b,), eq. 2
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
-    if rollout_batch and len(rollout_batch[0]):
-        rows, tokens, old_logp, advantages = rollout_batch
+    rows = judged[0].nonzero()[:, 0] if judged else ()
+    if len(rows):
+        tokens, old_logp, advantages = (x[rows] for x in judged[1:])
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
         logp = sequence_logp(policy, cache, tokens)
         grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)  # eq. 4
@@ -416,7 +417,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
-        prefilled, rollout_batches = None, [None] * len(parts)  # without rollouts
+        prefilled, judged = None, ()  # without rollouts
         stats, checked = {}, {}  # to log; also to be finite, or Optimizer.step stops the run
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -444,14 +445,12 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            for i, part in enumerate(parts):
-                rows = admitted[part].nonzero()[:, 0]  # counted within the micro-batch
-                rollout_batches[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
+            judged = admitted, rollouts, old_logp, advantages
 
         # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
         for _ in range(cfg.updates):
-            terms = [learn(policy, batch.rows(part), rollout_batch, prefilled, method, cfg)
-                     for part, rollout_batch in zip(parts, rollout_batches, strict=True)]
+            terms = [learn(policy, batch.rows(part), [x[part] for x in judged], prefilled, method, cfg)
+                     for part in parts]
             prefilled = None  # backward has freed its graph: a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
