@@ -154,10 +154,11 @@ class PromptCache(NamedTuple):
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
     next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token; the prompt is 1 branch
+    target_logp: torch.Tensor | None = None  # (B, L) log-probabilities of the truth's tokens, if asked for
 
     def rows(self, index):
         kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
-        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])
+        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])  # to go on from: no target_logp
 
 
 class Policy:
@@ -184,7 +185,7 @@ class Policy:
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
         is not 0; and the KV cache, longer by n.
         """
-        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # what a token sees before itself; padding: 0
+        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # how many others a token sees; padding: 0
         # Added to the attention scores. Not -inf: padding sees nothing, and a softmax of -inf alone is NaN.
         mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
         mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
@@ -196,58 +197,54 @@ class Policy:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # no softmax in bfloat16
         return logits.log_softmax(-1), [(layer.keys, layer.values) for layer in cache.layers]
 
-    def save(self, folder):
-        """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
-        with in_one_line(folder):  # on a full disk the tokenizer's error is no OSError
-            Path(folder).mkdir(parents=True, exist_ok=True)  # fails if it is a file; the next line would not
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
 
 def prefill(policy, history, target=None):
-    """Run histories (B, H) once -> PromptCache, and the log-probabilities (B, L) of the items `target` (B,).
+    """Run histories (B, H) once -> PromptCache, with log-probabilities of the items `target` (B,), if given.
 
-    Without a target, the latter are None. With one, a single pass over prompt and truth gives both: attention
-    is causal, so the truth changes nothing before it. The truth's keys and values are cut off.
+    A single pass over prompt and truth gives both: attention is causal, so the truth changes nothing before
+    it. The truth's keys and values are cut off again.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
-    tokens = torch.where(history[..., None] >= 0, policy.catalogue.tokens[history], -1)  # -1: padding
-    tokens = F.pad(tokens.flatten(1), (0, 1), value=policy.query)
+    tokens = torch.where(history[..., None] >= 0, policy.catalogue.tokens[history], -1)  # (B, H, L)
+    tokens = F.pad(tokens.flatten(1), (0, 1), value=policy.query)  # (B, H * L + 1), -1 at padding
     if policy.start is not None:  # left of the padding, which the mask hides
         tokens = F.pad(tokens, (1, 0), value=policy.start)
-    T, keep = tokens.shape[1], 1  # the last `keep` tokens are asked what comes next
+    T, keep = tokens.shape[1], 1  # the last `keep` tokens are asked what comes next: here <next> alone
     if target is not None:
-        truth, keep = policy.catalogue.tokens[target], policy.catalogue.L
-        tokens = torch.cat([tokens, truth[:, :-1]], 1)  # the last one is not run: nothing comes after it
+        truth, keep = policy.catalogue.tokens[target], policy.catalogue.L  # <next>, and all but the last
+        tokens = torch.cat([tokens, truth[:, :-1]], 1)  # which is not run: nothing comes after it
     mask = tokens >= 0
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
     next_logp, kv_cache = policy.forward(tokens.clamp(min=0), mask[:, None] & causal, keep=keep)
-    cache = PromptCache([(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache], mask[:, :T], next_logp[:, :1])
-    return cache, (None if target is None else next_logp.gather(-1, truth[..., None])[..., 0])
+    target_logp = None if target is None else next_logp.gather(-1, truth[..., None])[..., 0]
+    kv_cache = [(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache]
+    return PromptCache(kv_cache, mask[:, :T], next_logp[:, :1], target_logp)
 
 
-# `tree_decode` below writes Semantic IDs level by level. At each level it has m branches, and asks a function
-# `select` for n new ones: beam(50) makes it a beam search, sample(...) makes it sample. `select` is given
+# A tree of Semantic IDs grows on each prompt, one token per level. At first the prompt is its only branch. At
+# each level a function `select` sees the m branches that there are, and chooses n that are one token longer:
+# beam(50) makes it a beam search, sample(...) makes it sample. `tree_decode` does the rest. `select` is given
 #     prefix (B, m, level), the tokens of each branch so far; next_logp (B, m, V), log-probabilities of all
 #     tokens that could follow; branch_logp (B, m), the log-probability of each branch
-# and returns parent (B, n) and token (B, n): new branch j is the old branch parent[j], and token[j] after it.
+# and returns parent (B, n) and token (B, n): new branch j is the old branch parent[j], then token[j].
 
 
 def unbranched(prefix, n):
-    """Parents (B, n): sample j continues branch j; at the first level all continue 0, the prompt."""
+    """Parents (B, n) of n samples: all begin at branch 0, the prompt; from then on sample j continues j."""
     return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
 
 
 def sample(uniform):
-    """n independent samples, by inverse-CDF sampling from `uniform` (L, B, n), random numbers in [0, 1).
+    """`select` for n independent samples: inverse-CDF by `uniform` (L, B, n), random numbers in [0, 1).
 
     A number picks the first token whose cumulative probability exceeds it. The numbers are drawn for the
     whole batch, so that the samples do not depend on how it is split over processes and micro-batches.
     """
 
     def select(prefix, next_logp, branch_logp):
+        B, m, level = prefix.shape
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[prefix.shape[-1]].view(*cdf.shape[:2], -1)  # (B, m, n / m): m is 1, the prompt, later n
+        u = uniform[level].view(B, m, -1)  # all n for the prompt (B, 1, n), later one per branch (B, n, 1)
         token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # rounding may give V, no token
         return unbranched(prefix, uniform.shape[-1]), token.clamp(max=cdf.shape[-1] - 1).flatten(1)
 
@@ -255,20 +252,19 @@ def sample(uniform):
 
 
 def beam(width):
-    """Beam search: the most likely continuations of all branches together."""
+    """`select` for beam search: the most likely continuations of all branches together."""
 
     def select(prefix, next_logp, branch_logp):
+        V = next_logp.shape[-1]
         total = (branch_logp[..., None] + next_logp).flatten(1)  # (B, m * V)
         best = total.topk(min(width, total.shape[1])).indices
-        return best // next_logp.shape[-1], best % next_logp.shape[-1]  # parent, token
+        return best // V, best % V  # parent, token
 
     return select
 
 
 def tree_decode(policy, cache, select):
-    """Grow a tree on each prompt.
-
-    Returns the branches' tokens (B, n, L) and their log-probabilities (B, n, L), with gradient if enabled.
+    """Grow a tree on each prompt -> tokens and log-probabilities (B, n, L) of its branches, with gradient.
 
     The m branches of a level are run as ONE sequence of m tokens. The attention mask shows each of them the
     prompt, its ancestors and itself: so the prompt is never repeated. An example: after a prompt of 3 tokens,
@@ -280,8 +276,8 @@ def tree_decode(policy, cache, select):
 
     To choose parents is to select rows of this mask, some more than once; the KV cache stays as it is.
     """
-    kv_cache, next_logp = cache.kv_cache, cache.next_logp
-    B, mask = len(cache.mask), cache.mask[:, None]  # (B, m, T + tokens of the tree that were run)
+    kv_cache, next_logp, B = cache.kv_cache, cache.next_logp, len(cache.mask)
+    mask = cache.mask[:, None]  # (B, m, T + tokens of the tree that were run): what each branch sees
     tokens, token_logp = next_logp.new_zeros(B, 1, 0, dtype=torch.long), next_logp.new_zeros(B, 1, 0)
     row = torch.arange(B, device=next_logp.device)[:, None]  # x[row, parent] (B, n, ...): x of the parents
     for level in range(policy.catalogue.L):
@@ -348,50 +344,51 @@ METHODS = {
 }
 
 
-@torch.no_grad()  # but for `prefill`; `learn` runs rollouts of the admitted, often a tenth, again with graph
+@torch.no_grad()  # only the admitted, often a tenth, need gradients: `learn` runs their rollouts again
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
-    Returns tokens and log-probabilities (B, K, L) of the rollouts, and log-probabilities (B, L) of the truth,
-    all without graph; and what `prefill` returned, with graph, or None if there are several parts.
+    Returns tokens and log-probabilities (B, K, L) of the rollouts, and log-probabilities (B, L) of the truth;
+    and the prompts' cache with its graph, from which `learn` goes on. It is None if there are several parts,
+    whose graphs might not fit in memory: then `learn` runs the prompts again.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, keep_graph = [], len(parts) == 1  # several graphs might not fit in memory
+    pieces, keep_graph = [], len(parts) == 1
     for part in parts:
         with torch.set_grad_enabled(keep_graph):
-            prefilled = prefill(policy, batch.history[part], batch.target[part])
-        cache, target_logp = prefilled
+            cache = prefill(policy, batch.history[part], batch.target[part])
         select = constrained(sample(uniform[:, part]), policy.constraint)
-        pieces.append((*tree_decode(policy, cache, select), target_logp))
+        pieces.append((*tree_decode(policy, cache, select), cache.target_logp))
     tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
-    return tokens, logp, target_logp, (prefilled if keep_graph else None)
+    return tokens, logp, target_logp, (cache if keep_graph else None)
 
 
 def draw_negatives(items, prompt_rows, M, generator):
     """For each prompt, of row prompt_rows (B,), M random rollouts of the others: items (B, K) -> (B, M)."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
-    # The core leaves out a prompt's own rollouts. If its row is there twice, + 1 puts the copy's last.
+    # The core leaves out a prompt's own rollouts. If the batch has it twice, + 1 puts those of its copy last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
 
-def learn(policy, batch, judged, prefilled, method, cfg):
+def learn(policy, batch, judged, cache, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
     `judged` (empty without rollouts) is who is admitted (b,), tokens and log-probabilities (b, K, L) of the
-    rollouts, and their advantages (b, K). `prefilled`: see `rollout`.
+    rollouts, and their advantages (b, K). `cache` is the prompts' from `rollout`, or None.
     """
-    cache, target_logp = prefilled or prefill(policy, batch.history, batch.target)
-    nll = core.nll_loss(target_logp)  # (b,), eq. 2
+    cache = cache or prefill(policy, batch.history, batch.target)
+    nll = core.nll_loss(cache.target_logp)  # (b,), eq. 2: minus the mean over the L tokens
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
     rows = judged[0].nonzero()[:, 0] if judged else ()
     if len(rows):
         tokens, old_logp, advantages = (x[rows] for x in judged[1:])
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
         logp = sequence_logp(policy, cache, tokens)
-        grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)  # eq. 4
+        # Eq. 4: PPO's clipped loss, the mean over K rollouts and L tokens; no KL term.
+        grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)
         ratio[rows] = (logp.detach() - old_logp).exp().mean((1, 2))
     loss = method.supervised * nll + cfg.lam * grpo  # eq. 5
     (loss.sum() / cfg.batch_size).backward()  # a mean over the whole batch, not over the admitted
@@ -417,12 +414,12 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
-        prefilled, judged = None, ()  # without rollouts
-        stats, checked = {}, {}  # to log; also to be finite, or Optimizer.step stops the run
+        cache, judged = None, ()  # without rollouts
+        stats, checked = {}, {}  # what is logged; what is not, but has to be finite as well
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
-            rollouts, old_logp, target_logp, prefilled = rollout(policy, batch, parts, K, generator)
+            rollouts, old_logp, target_logp, cache = rollout(policy, batch, parts, K, generator)
             items = policy.catalogue.item(rollouts)  # (B, K), -1 for a hallucination: it gets --floor
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -437,21 +434,21 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             # A rollout equal to the truth must tie with it; from another pass, it may differ by rounding.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
-            # Rank 1 is the best. D (eq. 7): the policy ranks the truth > tau * K: 6 to 17 of 17 (K, truth).
-            # R (eq. 9): the ranker ranks the truth <= tau * K: 1 to 5 of 18 (K, truth, M), and each negative
-            # > (1 - rho) * K: 12 to 18. The numbers are those of the default flags.
+            # D (eq. 7): among truth and rollouts, the policy puts the truth beyond place tau * K: 6 to 17.
+            # R (eq. 9): among these and negatives, the ranker puts the truth within place tau * K: 1 to 5,
+            # each negative beyond (1 - rho) * K: 12 to 18. Place 1 is the best; by default K is 16, M is 1.
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
-            advantages = core.group_advantages(rewards)  # (B, K), eq. 3
+            advantages = core.group_advantages(rewards)  # (B, K), eq. 3: (r - mean) / std of the K
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             judged = admitted, rollouts, old_logp, advantages
 
         # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
         for _ in range(cfg.updates):
-            terms = [learn(policy, batch.rows(part), [x[part] for x in judged], prefilled, method, cfg)
+            terms = [learn(policy, batch.rows(part), [x[part] for x in judged], cache, method, cfg)
                      for part in parts]
-            prefilled = None  # backward has freed its graph: a second update runs the prompts again
+            cache = None  # backward has freed its graph: a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
             stats["nll"] = nll.mean()
@@ -464,11 +461,11 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
         on_step(step + 1, optimizer, generators, name)
 
 
-def train_sft(policy, prompts, cfg, log, *args, **kwargs):
+def train_sft(policy, prompts, cfg, log, **callbacks):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
-                              rl_steps=cfg.sft_steps, updates=1)  # for nll, check_settings skips the gate
-    train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), *args, **kwargs)
+                              rl_steps=cfg.sft_steps, updates=1)  # the gate's flags need not fit this size
+    train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), **callbacks)
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------
@@ -486,13 +483,14 @@ def evaluate(policy, ranker, prompts, cfg):
         # Equally many rows for each process: past the end, the last one is repeated; [:n] below drops it.
         rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)
         batch = prompts.rows(rows)
-        cache, _ = prefill(policy, batch.history)
+        cache = prefill(policy, batch.history)
         beams, logp = tree_decode(policy, cache, search)
         if not logp.isfinite().all():
             raise UserError("evaluation: the policy's likelihoods are not finite; lower its learning rate")
         samples, _ = tree_decode(policy, cache, constrained(sample(uniform[:, rows]), policy.constraint))
         item = policy.catalogue.item(beams)  # (B, W), most likely first
-        rank = (item >= 0).cumsum(1)  # valid beams up to here: (valid, invalid, valid) has 1, 1, 2
+        valid = item >= 0
+        rank = valid.cumsum(1)  # among the valid beams: (valid, invalid, valid) has 1, 1, 2
         hit = item == batch.target[:, None]
         target_rank = torch.where(hit, rank, 10**9).amin(1)  # beyond every cutoff where the beams missed it
         terms = {f"hr@{k}": target_rank <= k for k in cutoffs}
@@ -500,7 +498,7 @@ def evaluate(policy, ranker, prompts, cfg):
             terms["ndcg@10"] = terms["hr@10"] / torch.log2(1.0 + target_rank)
         for head, p in ranker.probabilities(batch.history, item).items():  # click, order; 0 for no item
             terms |= {f"{head}_reward@{k}": (p * (rank <= k)).amax(1) for k in cutoffs}
-        terms["hallucination"] = 1 - (item >= 0).float().mean(1)
+        terms["hallucination"] = 1 - valid.float().mean(1)
         terms["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
         terms = {key: x.float() for key, x in terms.items()}
         pieces.append(terms | dict(rank=target_rank, item=item, logp=logp.mean(-1)))
@@ -1015,7 +1013,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
     first = torch.cat([first_copy(x) for _, x in parts])
     by_ranker = torch.cat([sum(named(reward(y.history, x)).values()) for y, x in parts]).gather(1, first)
     by_chance = torch.where(pool < 0, -1.0, chance.gather(1, first))
-    target_logp = torch.cat([prefill(policy, x.history, x.target)[1] for x, _ in parts])
+    target_logp = torch.cat([prefill(policy, x.history, x.target).target_logp for x, _ in parts])
     target_logp = core.length_normalized(target_logp)
     logp = torch.where(item == prompts.target[:, None], target_logp[:, None], each["logp"])
 
@@ -1157,7 +1155,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     plain = torch.stack(plain)  # (2, L, V)
     expected = plain.gather(-1, tokens[item[:, -1]][..., None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
-        cache, tokens = prefill(policy, history.to(cfg.device))[0], tokens[item].to(cfg.device)
+        cache, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
         tree = tree_decode(policy, cache, teacher_forcing(tokens))[1]
         found = torch.stack([tree, sequence_logp(policy, cache, tokens)])[:, :, -1].cpu()
     error = ((found - expected).abs().max() / plain.std()).item()
@@ -1563,7 +1561,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
 
     start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
     if checkpoints.phase not in names:
-        train_sft(policy, data.sft, cfg, log, checkpoints.restore, on_step)
+        train_sft(policy, data.sft, cfg, log, restore=checkpoints.restore, on_step=on_step)
         if len(names) > 1 or cfg.keep == "best":  # they begin at it, or may end there
             checkpoints.base = copy.deepcopy(weights(policy.model))
         metrics, each = evaluate(policy, ranker, prompts["valid"], cfg)
@@ -1585,7 +1583,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=float(np.mean(admitted)), **kept)
         if rank() == 0:
-            policy.save(out / "policy" / (name if len(names) > 1 else ""))
+            save_policy(policy, out / "policy" / (name if len(names) > 1 else ""))
 
     labels = "phase", "method", "step", "seconds", "memory"
     results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
@@ -1596,13 +1594,21 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
              f"{transformers.__version__} on {cfg.device}, {torch.backends.cpu.get_cpu_capability()}")
     if rank() == 0:
         if not names:
-            policy.save(out / "policy")
+            save_policy(policy, out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
         killed = [x for x in out.rglob(".tmp??????") if x.name[4:].isalnum() and x.is_file()]
         for path in (*checkpoints.files(), out / "checkpoint.partial", *killed):  # the run is complete
             path.unlink(missing_ok=True)  # the latter are safetensors' own, of a run that was killed
     return results, about
+
+
+def save_policy(policy, folder):
+    """An ordinary Hugging Face folder: the small vocabulary has a tokenizer of its own."""
+    with in_one_line(folder):  # on a full disk the tokenizer's error is no OSError
+        Path(folder).mkdir(parents=True, exist_ok=True)  # fails if it is a file; the next line would not
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
 
 
 def write_report(out, cfg, results, about, influence):

@@ -315,7 +315,7 @@ def truth_logp(setup, batch=500):
     parts = []
     for rows in torch.arange(len(setup.test.target)).split(batch):
         part = setup.test.rows(rows)
-        parts.append(core.length_normalized(nano.prefill(setup.policy, part.history, part.target)[1]))
+        parts.append(core.length_normalized(nano.prefill(setup.policy, part.history, part.target).target_logp))
     return torch.cat(parts).numpy()
 
 
@@ -332,7 +332,7 @@ def influence_rows(setup, prompts, width, batch=100):
     parts = []
     for rows in torch.arange(len(prompts.target) // B * B).split(B):  # whole batches: negatives need company
         part = prompts.rows(rows)
-        prompt, target_logp = nano.prefill(setup.policy, part.history, part.target)
+        prompt = nano.prefill(setup.policy, part.history, part.target)
         beams, beam_logp = nano.tree_decode(setup.policy, prompt, nano.beam(width))
         item, logp = catalogue.item(beams), core.length_normalized(beam_logp)  # (B, W)
         W = item.shape[1]
@@ -343,7 +343,7 @@ def influence_rows(setup, prompts, width, batch=100):
             """The truth's score: as a beam where it is one, else what it got alone."""
             return torch.where(hit.any(1), in_beams.gather(1, place)[:, 0], alone)
 
-        target_logp = own(logp, core.length_normalized(target_logp))
+        target_logp = own(logp, core.length_normalized(prompt.target_logp))
         hard = core.difficulty(target_logp, logp, tau=cfg.tau)
         keys = torch.rand(B, B * W, generator=generator)
         negatives = item.flatten()[core.in_batch_negatives(keys, k=W, m=cfg.negatives)]

@@ -185,7 +185,7 @@ def per_user(score, item, liked, served, target, mass=None):
 def item_logp(policy, history, item, batch=500):
     """(n, R) the policy's log-likelihood of items (n, R)."""
     parts = zip(history.split(batch), policy.catalogue.tokens[item].split(batch), strict=True)
-    logp = [nano.sequence_logp(policy, nano.prefill(policy, past)[0], tokens).sum(-1) for past, tokens in parts]
+    logp = [nano.sequence_logp(policy, nano.prefill(policy, past), tokens).sum(-1) for past, tokens in parts]
     return torch.cat(logp).numpy()
 
 

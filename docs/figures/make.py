@@ -169,7 +169,7 @@ def tree_of(items, K, seed=0):
 
     policy.forward = spied
     with torch.no_grad():
-        prompt = nano.prefill(policy, torch.arange(items)[None])[0]
+        prompt = nano.prefill(policy, torch.arange(items)[None])
         nano.tree_decode(policy, prompt, probe.sampled(policy.catalogue.L, 1, K, nano.make_generator(seed, "tree")))
     return calls, policy.catalogue.L
 

@@ -59,13 +59,13 @@ def roll_out(setup):
     prompts = setup.data.valid
     for rows in torch.arange(len(prompts.target) // B * B).split(B):
         batch = prompts.rows(rows)
-        prompt, target_logp = nano.prefill(setup.policy, batch.history, batch.target)
+        prompt = nano.prefill(setup.policy, batch.history, batch.target)
         rollouts, rollout_logp = nano.tree_decode(setup.policy, prompt, sampled(catalogue.L, B, ROLLOUTS, generator))
         item = catalogue.item(rollouts)
         keys = torch.rand(B, B * ROLLOUTS, generator=generator)
         negative = item.flatten()[core.in_batch_negatives(keys, k=ROLLOUTS, m=NEGATIVES)]
         scores = reward(batch.history, torch.cat([item, batch.target.unsqueeze(1), negative], 1))
-        target_logp = core.length_normalized(target_logp)
+        target_logp = core.length_normalized(prompt.target_logp)
         # A rollout that repeats the truth ties with it, as in the step.
         rollout_logp = torch.where(item == batch.target.unsqueeze(1), target_logp.unsqueeze(1),
                                    core.length_normalized(rollout_logp))
@@ -138,14 +138,14 @@ def pulls(setup, batches=40):
     prompts = setup.data.valid
     for rows in torch.arange(len(prompts.target) // cfg.batch_size * cfg.batch_size).split(cfg.batch_size)[:batches]:
         batch = prompts.rows(rows)
-        B, (prompt, target_logp) = len(rows), nano.prefill(policy, batch.history, batch.target)
+        B, prompt = len(rows), nano.prefill(policy, batch.history, batch.target)
         rollouts, logp = nano.tree_decode(policy, prompt, sampled(catalogue.L, B, K, generator))
         item = catalogue.item(rollouts)
         keys = torch.rand(B, B * K, generator=generator)
         negative = item.flatten()[core.in_batch_negatives(keys, k=K, m=cfg.negatives)]
         scores = reward(batch.history, torch.cat([item, batch.target.unsqueeze(1), negative], 1))
-        out = core.adagrpo_loss(target_logp, logp, logp.detach(), scores[:, :K], scores[:, K], scores[:, K + 1 :],
-                                tau=cfg.tau, rho=cfg.rho, lam=1.0)
+        out = core.adagrpo_loss(prompt.target_logp, logp, logp.detach(), scores[:, :K], scores[:, K],
+                                scores[:, K + 1 :], tau=cfg.tau, rho=cfg.rho, lam=1.0)
         everyone = core.grpo_loss(logp, logp.detach(), core.group_advantages(scores[:, :K]))
         lengths.append([length(x.mean()) for x in (out.nll, torch.where(out.clip, everyone, 0.0), everyone)])
     return np.median(lengths, 0).tolist()

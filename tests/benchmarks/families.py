@@ -128,14 +128,14 @@ def faults(policy, folder):
     for rows in nano.tables_of(new):  # among rows nearly alike a fault could go unnoticed
         rows.data += 0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
     tokens = torch.randint(policy.query + 1, (4, 5, 3), generator=torch.Generator().manual_seed(2))
-    prompt = nano.prefill(policy, HISTORIES)[0]
+    prompt = nano.prefill(policy, HISTORIES)
     plain = torch.stack([plain_logp(policy, h, t) for h, t in zip(HISTORIES, tokens, strict=True)])
     forced = nano.tree_decode(policy, prompt, nano.teacher_forcing(tokens))[1]
     for tree in forced, nano.sequence_logp(policy, prompt, tokens):
         if not (tree - plain).abs().max() < 1e-3 * plain.std():
             yield f"log-probabilities in a tree off by {(tree - plain).abs().max() / plain.std():.1g} of their spread"
     beams, logp = nano.tree_decode(policy, prompt, nano.beam(W))
-    policy.save(folder / "policy")
+    nano.save_policy(policy, folder / "policy")
     model, tokenizer = (x.from_pretrained(folder / "policy") for x in (AutoModelForCausalLM, AutoTokenizer))
     out = model.generate(**tokenizer(TEXTS, padding=True, return_tensors="pt"), num_beams=W, num_return_sequences=W,
                          length_penalty=0.0, return_dict_in_generate=True, output_scores=True)
@@ -165,7 +165,7 @@ def numbers(folder, names):
 with families.torch.no_grad():
     for name in sys.argv[2:]:
         policy = families.load(sys.argv[1] + "/" + name + "/model")
-        tensors = *policy.model.state_dict().values(), families.nano.prefill(policy, families.HISTORIES)[0].next_logp
+        tensors = *policy.model.state_dict().values(), families.nano.prefill(policy, families.HISTORIES).next_logp
         print("numbers", name, hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest())"""
     done = subprocess.run([sys.executable, "-c", code, folder, *names], check=True, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})

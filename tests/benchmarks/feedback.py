@@ -59,7 +59,7 @@ def constrained(items, codes, B=64, width=50, turns=5):
     @torch.no_grad()
     def search(allowed):
         select = nano.constrained(nano.beam(width), allowed, distinct=True)
-        return nano.tree_decode(policy, nano.prefill(policy, history)[0], select)[0]
+        return nano.tree_decode(policy, nano.prefill(policy, history), select)[0]
 
     assert (catalogue.item(search(catalogue)) >= 0).all()
     times = [[cpu(lambda x=x: search(x))[0] for x in (None, catalogue)] for _ in range(turns)]

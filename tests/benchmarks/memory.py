@@ -114,7 +114,7 @@ def search(name, B, W, T):
     policy = a_policy(name, T)
     _, _, layers, keys = sizes(policy.model.config)
     with (Bytes if work.DEVICE == "cpu" else Allocated)(policy.model) as counted:
-        prompt = nano.prefill(policy, work.some_prompts(policy, B, T).history)[0]
+        prompt = nano.prefill(policy, work.some_prompts(policy, B, T).history)
         nano.tree_decode(policy, prompt, nano.beam(W))
     n = policy.model.num_parameters()
     return n, counted.peak, 4 * n + B * (2 * T + 2 * W) * layers * 16 * keys

@@ -134,7 +134,7 @@ def admitting(n):
 
 def our_loss(policy, history, tokens, advantages):
     """Plain GRPO on these rollouts (B, K, L), on-policy, by the script's tree and the core."""
-    logp = nano.sequence_logp(policy, nano.prefill(policy, history)[0], tokens)
+    logp = nano.sequence_logp(policy, nano.prefill(policy, history), tokens)
     return core.grpo_loss(logp, logp, advantages).mean()
 
 
@@ -181,7 +181,7 @@ def check_step(policy, history, K, seed=0):
 @torch.no_grad()
 def our_beams(policy, history, width):
     select = nano.constrained(nano.beam(width), policy.constraint, distinct=True)
-    return nano.tree_decode(policy, nano.prefill(policy, history)[0], select)
+    return nano.tree_decode(policy, nano.prefill(policy, history), select)
 
 
 def allowed_tokens(catalogue, T):
@@ -225,7 +225,7 @@ def check_constrained(policy, history, n=50):
     uniform = torch.rand(L, len(history), n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         select = nano.constrained(nano.sample(uniform), policy.constraint)
-        samples, _ = nano.tree_decode(policy, nano.prefill(policy, history)[0], select)
+        samples, _ = nano.tree_decode(policy, nano.prefill(policy, history), select)
     if (nano.Catalogue.item(policy.catalogue, samples) < 0).any():  # AnyCombination's own takes everything
         raise AssertionError("constrained: a sample is no item")
 

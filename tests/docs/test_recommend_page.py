@@ -139,7 +139,7 @@ def test_its_beams_and_scores_are_those_of_the_evaluation(played):
     history = torch.tensor([[data.catalogue.row[tuple(names["sids"][item])] for item in HISTORIES[0]]])
     with torch.no_grad():
         select = nano.constrained(nano.beam(50), data.catalogue, distinct=True)
-        beams, logp = nano.tree_decode(policy, nano.prefill(policy, history)[0], select)
+        beams, logp = nano.tree_decode(policy, nano.prefill(policy, history), select)
     found = list(zip(data.catalogue.item(beams)[0].tolist(), logp[0].sum(-1).tolist(), strict=True))
     found = [(item, x) for item, x in found if item not in history[0].tolist()][:10]
     row = written(folder)[0]

@@ -35,7 +35,7 @@ def test_influence_on_two_prompts_worked_by_hand(monkeypatch):
     # The truth, scored alone. The first is among the beams, at -3: that this pass is off by rounding must not
     # cost it a place. The second is not.
     target_logp = torch.tensor([[-3.0001], [-5.0]])
-    monkeypatch.setattr(nano, "prefill", lambda policy, history, target=None: (None, target_logp))
+    monkeypatch.setattr(nano, "prefill", lambda *_: nano.PromptCache([], None, None, target_logp))
     monkeypatch.setattr(nano, "tree_decode", lambda policy, prompt, select: (beams.unsqueeze(-1), beam_logp))
     monkeypatch.setattr(nano, "make_reward", lambda ranker, cfg: lambda history, item: reward.gather(1, item))
     # True utility falls with the item's number; both contexts are alike.

@@ -163,7 +163,7 @@ def test_the_mass_of_an_item_is_the_share_of_samples_of_the_policy_or_of_its_thi
     _, table = real.judge(setup, nano.Ranker(catalogue, heads=1), power)
     said = torch.cartesian_prod(torch.arange(words), torch.arange(words)).expand(2, -1, -1)
     with torch.no_grad():
-        p = nano.sequence_logp(policy, nano.prefill(policy, judged.history)[0], said).sum(-1).exp().numpy() ** power
+        p = nano.sequence_logp(policy, nano.prefill(policy, judged.history), said).sum(-1).exp().numpy() ** power
     share = p / p.sum(1, keepdims=True)
     own = [[int(words * a + b) for a, b in catalogue.tokens[row].tolist()] for row in item]
     mass = np.take_along_axis(share, np.array(own), 1)

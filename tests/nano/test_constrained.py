@@ -43,12 +43,12 @@ def sample(points, catalogue):
 
 
 def beams(policy, width, history=HISTORY):
-    return nano.tree_decode(policy, nano.prefill(policy, history)[0], beam(width, policy.catalogue))
+    return nano.tree_decode(policy, nano.prefill(policy, history), beam(width, policy.catalogue))
 
 
 def samples(policy, n, history=HISTORY, seed=0):
     points = torch.rand(policy.catalogue.L, len(history), n, generator=torch.Generator().manual_seed(seed))
-    return nano.tree_decode(policy, nano.prefill(policy, history)[0], sample(points, policy.catalogue))
+    return nano.tree_decode(policy, nano.prefill(policy, history), sample(points, policy.catalogue))
 
 
 def tokens_of(found):
@@ -84,7 +84,7 @@ def test_every_beam_is_an_item_no_item_twice_and_all_of_them_if_there_is_room(ca
         assert len(row) == min(width, catalogue.N) and len(set(row)) == len(row) and set(row) <= names.keys()
         assert (scores.diff() <= 0).all()
     # whatever the width, the likelihoods are the free softmax's
-    forced = nano.tree_decode(policy, nano.prefill(policy, HISTORY)[0], nano.teacher_forcing(found))[1]
+    forced = nano.tree_decode(policy, nano.prefill(policy, HISTORY), nano.teacher_forcing(found))[1]
     torch.testing.assert_close(logp, forced, rtol=1e-5, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_every_sample_is_an_item_and_its_likelihood_that_of_the_free_softmax(cat
     policy, names = small_policy(catalogue, seed), names_of(catalogue)
     found, logp = samples(policy, 20, seed=seed)
     assert {name for row in tokens_of(found) for name in row} <= names.keys()
-    forced = nano.tree_decode(policy, nano.prefill(policy, HISTORY)[0], nano.teacher_forcing(found))[1]
+    forced = nano.tree_decode(policy, nano.prefill(policy, HISTORY), nano.teacher_forcing(found))[1]
     torch.testing.assert_close(logp, forced, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logp[0], plain_logp(policy, HISTORY[0], found[0]), rtol=1e-5, atol=1e-5)
 
@@ -238,7 +238,7 @@ def test_where_every_combination_is_an_item_beams_differ_from_free_ones_by_speci
     catalogue = nano.Catalogue([(a, b) for a in range(3) for b in range(2)])
     policy = small_policy(catalogue)
     found, _ = beams(policy, 4)
-    free, _ = nano.tree_decode(policy, nano.prefill(policy, HISTORY)[0], nano.beam(len(every_sequence(catalogue, 1))))
+    free, _ = nano.tree_decode(policy, nano.prefill(policy, HISTORY), nano.beam(len(every_sequence(catalogue, 1))))
     for row, everything in zip(found, free, strict=True):
         assert torch.equal(row, everything[catalogue.item(everything) >= 0][:4])
 
@@ -254,6 +254,6 @@ def test_the_flag_reaches_rollouts_and_evaluation_and_only_them(shop, ranker, ba
     rollouts, logp, truth, _ = nano.rollout(policy, batch, [part], 9, torch.Generator().manual_seed(0))
     assert (shop.catalogue.item(rollouts) >= 0).all()
     with torch.no_grad():
-        prompt, expected = nano.prefill(base, batch.history, batch.target)
-        torch.testing.assert_close(truth, expected)
+        prompt = nano.prefill(base, batch.history, batch.target)
+        torch.testing.assert_close(truth, prompt.target_logp)
         torch.testing.assert_close(logp, nano.sequence_logp(base, prompt, rollouts), rtol=1e-5, atol=1e-5)

@@ -202,7 +202,7 @@ def test_every_token_of_a_catalogue_is_one_word_of_the_policy_and_no_other(tmp_p
     catalogue = nano.Catalogue(nano.read_catalogue(tmp_path / "catalogue.json"))
     assert sum(len(set(level)) for level in zip(*sids, strict=True)) == catalogue.S
     policy = nano.tiny_policy(catalogue, settings())
-    policy.save(tmp_path / "policy")
+    nano.save_policy(policy, tmp_path / "policy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     for item in catalogue.tokens.tolist():
         text = "".join(catalogue.words[token] for token in item)

@@ -39,7 +39,7 @@ def say(monkeypatch):
     """say(beams, samples): the next evaluation sees these."""
 
     def prepare(beams, samples, logp=0.0):
-        monkeypatch.setattr(nano, "prefill", lambda policy, history: (history[:, 0], None))
+        monkeypatch.setattr(nano, "prefill", lambda policy, history: history[:, 0])
         monkeypatch.setattr(nano, "beam", lambda width: torch.tensor(beams))
         monkeypatch.setattr(nano, "sample", lambda points: torch.tensor(samples))
         monkeypatch.setattr(nano, "tree_decode", lambda policy, rows, tokens: (
@@ -140,7 +140,7 @@ def scene(shop, base):
 def test_metrics_of_a_real_policy_are_those_of_its_beams_counted_one_by_one(scene, shop, ranker):
     policy, prompts, cfg = scene
     mean, each = nano.evaluate(policy, ranker, prompts, cfg)
-    beams, _ = nano.tree_decode(policy, nano.prefill(policy, prompts.history)[0], nano.beam(12))
+    beams, _ = nano.tree_decode(policy, nano.prefill(policy, prompts.history), nano.beam(12))
     names = {tuple(tokens): item for item, tokens in enumerate(shop.catalogue.tokens.tolist())}
     hits, gains, clicks, invalid = [], [], [], []
     for history, target, row in zip(prompts.history, prompts.target.tolist(), beams.tolist(), strict=True):

@@ -52,7 +52,7 @@ def slowly(policy, reward, prompts, each, c):
             dice = {}
             for item, x in zip(pool, u[2 * M :].tolist(), strict=True):
                 dice.setdefault(item, x if item >= 0 else -1.0)
-            logp = nano.prefill(policy, prompts.history[[b]], prompts.target[[b]])[1][0].mean().item()
+            logp = nano.prefill(policy, prompts.history[[b]], prompts.target[[b]]).target_logp[0].mean().item()
             likely = [logp if item == truth else x for item, x in zip(beams, each["logp"][b].tolist(), strict=True)]
             llm_rank = rank(logp, [*likely, logp], "min")
             scores = reward(prompts.history[b : b + 1], torch.tensor([pool]))[0].tolist()

@@ -75,7 +75,7 @@ def gradients(policy, value):
 
 
 def forced(policy, tokens):
-    return nano.tree_decode(policy, nano.prefill(policy, HISTORIES)[0], nano.teacher_forcing(tokens))[1]
+    return nano.tree_decode(policy, nano.prefill(policy, HISTORIES), nano.teacher_forcing(tokens))[1]
 
 
 def edit(folder, change):
@@ -99,7 +99,7 @@ def saved(request, tmp_path_factory):
     policy = load(save_model(folder / "model", request.param, bos=request.param not in WITHOUT_START))
     for rows in nano.tables_of(policy.model):
         rows.data += 0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    policy.save(folder / "policy")
+    nano.save_policy(policy, folder / "policy")
     return policy, folder / "policy"
 
 
@@ -128,7 +128,7 @@ def test_saved_and_loaded_again_a_policy_is_the_same_to_the_bit(saved):
     assert before.keys() == state(again).keys() == plain.state_dict().keys()
     for name, x in before.items():
         assert torch.equal(x, again.model.state_dict()[name]) and torch.equal(x, plain.state_dict()[name]), name
-    assert torch.equal(nano.prefill(policy, HISTORIES)[0].next_logp, nano.prefill(again, HISTORIES)[0].next_logp)
+    assert torch.equal(nano.prefill(policy, HISTORIES).next_logp, nano.prefill(again, HISTORIES).next_logp)
     assert again.start == policy.start and again.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
 
 
@@ -140,7 +140,7 @@ def test_generate_with_nothing_set_gives_the_scripts_beams_and_likelihoods(saved
     given, W = tokenizer(TEXTS, padding=True, return_tensors="pt"), 12
     out = model.generate(**given, num_beams=W, num_return_sequences=W, length_penalty=0.0,
                          return_dict_in_generate=True, output_scores=True)
-    beams, logp = nano.tree_decode(policy, nano.prefill(policy, HISTORIES)[0], nano.beam(W))
+    beams, logp = nano.tree_decode(policy, nano.prefill(policy, HISTORIES), nano.beam(W))
     T = given["input_ids"].shape[1]
     assert out.sequences.shape == (4 * W, T + 3)
     assert torch.equal(out.sequences[:, T:].view(4, W, 3), beams)
@@ -260,7 +260,7 @@ def test_a_config_that_asks_for_tuples_is_taken(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
     policy = load(tmp_path / "model")
     assert distance(state(policy), state(plain)) == 0
-    policy.save(tmp_path / "saved")
+    nano.save_policy(policy, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("return_dict", True)
 
 
@@ -316,7 +316,7 @@ def test_two_tables_stay_two_whatever_the_config_says_of_ties(tmp_path, says):
     table, head = policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight
     assert torch.equal(table[0], before["model.embed_tokens.weight"][4])
     assert torch.equal(head[0], before["lm_head.weight"][4]) and not torch.equal(table[0], head[0])
-    policy.save(tmp_path / "policy")
+    nano.save_policy(policy, tmp_path / "policy")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert torch.equal(again.get_input_embeddings().weight, table)
     assert torch.equal(again.get_output_embeddings().weight, head)
@@ -325,10 +325,10 @@ def test_two_tables_stay_two_whatever_the_config_says_of_ties(tmp_path, says):
 def test_no_row_is_kept_from_learning_as_that_of_a_padding_token(tmp_path):
     folder = save_model(tmp_path / "model", tie_word_embeddings=False)
     edit_config(folder, pad_token_id=0, eos_token_id=1, bos_token_id=0)
-    load(folder).save(tmp_path / "policy")
+    nano.save_policy(load(folder), tmp_path / "policy")
     everything = torch.arange(6).expand(2, 6)  # in a history; every word but the special ones
     for policy in load(folder), load(tmp_path / "policy"):
-        logp = nano.prefill(policy, everything)[0].next_logp
+        logp = nano.prefill(policy, everything).next_logp
         for rows in nano.tables_of(policy.model):
             assert torch.autograd.grad(logp[0, 0, 0], rows, retain_graph=True)[0].abs().amax(1).min() > 0
         assert policy.model.config.pad_token_id is None and policy.model.config.eos_token_id is None
@@ -342,7 +342,7 @@ def test_weights_in_bfloat16_are_taken_to_float32(tmp_path):
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     expected = load_file(folder / "model.safetensors")[name][4].float()
     assert torch.equal(policy.model.get_input_embeddings().weight[0], expected)
-    policy.save(tmp_path / "policy")
+    nano.save_policy(policy, tmp_path / "policy")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").dtype == torch.float32
 
 
@@ -377,7 +377,7 @@ def test_words_are_spelt_as_minionerec_spells_them_and_never_twice_alike(tmp_pat
 def test_the_saved_tokenizer_numbers_words_as_the_policy_does_and_spells_them_back(sids, tmp_path):
     catalogue = nano.Catalogue(sids)
     policy = nano.tiny_policy(catalogue, settings(), width=8)
-    policy.save(tmp_path)
+    nano.save_policy(policy, tmp_path)
     tokenizer, order = AutoTokenizer.from_pretrained(tmp_path), torch.randperm(catalogue.S).tolist()
     text = "".join(catalogue.words[token] for token in order)
     assert tokenizer(text)["input_ids"] == [*order, policy.query]
@@ -391,7 +391,7 @@ def test_a_prompt_is_the_models_own_start_the_history_and_the_query(tmp_path):
     nano.prefill(policy, HISTORIES[:1])
     expected = torch.tensor([[policy.start, *CATALOGUE.tokens[3], policy.query]])
     assert torch.equal(seen[0]["input_ids"], expected)
-    policy.save(tmp_path / "policy")
+    nano.save_policy(policy, tmp_path / "policy")
     for tokenizer in policy.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "policy"):
         assert tokenizer(TEXTS[0])["input_ids"] == expected[0].tolist()
         assert tokenizer.convert_ids_to_tokens(expected[0]) == ["<start>", "<a_1>", "<b_0>", "<c_1>", "<next>"]
@@ -509,7 +509,7 @@ def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_i
         catalogue = nano.load_data("shop", c).catalogue
         policy = nano.Policy(names["model"], catalogue, c, names["tokenizer"])
         bought = [catalogue.row[tuple(sid)] for sid in (["<a_0>", "<b_0>", "<c_1>"], ["<a_1>", "<b_1>", "<c_1>"])]
-        beams, logp = nano.tree_decode(policy, nano.prefill(policy, torch.tensor([bought]))[0], nano.beam(5))
+        beams, logp = nano.tree_decode(policy, nano.prefill(policy, torch.tensor([bought])), nano.beam(5))
         spelt = [[[*catalogue.words, "<next>", "<start>"][token] for token in beam] for beam in beams[0].tolist()]
         assert names["found"] == spelt and logp[0].sum(-1).std() > 0.05
         assert any(names["items"]) and {type(item) for items in names["items"] for item in items} == {str}

@@ -500,7 +500,7 @@ def kill_at(count, half):
             real(path, text[: len(text) // 2])
 
         watch(nano, "save_file", half_a_file)
-        watch(nano.Policy, "save")
+        watch(nano, "save_policy")
         watch(pathlib.Path, "write_text", half_a_text)
         watch(pathlib.Path, "mkdir")
         watch(pathlib.Path, "rename")
@@ -709,7 +709,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_says_how_
 
 @pytest.mark.parametrize("owner, name, count", [
     (os, "fsync", 2), (pathlib.Path, "rename", 3), (pathlib.Path, "unlink", 2), (pathlib.Path, "open", 9),
-    (pathlib.Path, "write_text", 2), (pathlib.Path, "write_text", 3), (nano.Policy, "save", 1)],
+    (pathlib.Path, "write_text", 2), (pathlib.Path, "write_text", 3), (nano, "save_policy", 1)],
     ids=lambda value: getattr(value, "__name__", str(value)))
 def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys, owner, name, count):
     with failing(monkeypatch, owner, name, FULL, count):

@@ -295,7 +295,7 @@ def test_a_truth_that_the_policy_says_nearly_always_is_easy():
     few = nano.Prompts(histories, torch.arange(12) % 6, torch.arange(12))
     nano.train_sft(policy, few, settings(sft_steps=60, sft_batch_size=12, sft_lr=1e-2), lambda **row: None)
     with torch.no_grad():
-        p = nano.prefill(policy, few.history, few.target)[1].sum(-1).exp()
+        p = nano.prefill(policy, few.history, few.target).target_logp.sum(-1).exp()
     assert p.min() > 0.8
     _, rows = train("adagrpo", cfg(batch_size=8, group_size=24, lr=0.0, rl_steps=6), prompts=few, policy=policy)
     assert [float(row["easy"]) for row in rows] == [1] * 6
@@ -514,7 +514,7 @@ def test_diagnostics_of_a_case_worked_by_hand():
 def test_supervised_steps_make_the_truth_likelier(shop, base):
     def nll(policy):
         with torch.no_grad():
-            return -nano.prefill(policy, shop.valid.history, shop.valid.target)[1].mean().item()
+            return -nano.prefill(policy, shop.valid.history, shop.valid.target).target_logp.mean().item()
 
     assert nll(base) < nll(nano.tiny_policy(shop.catalogue, settings(), width=16)) - 0.3
 
@@ -524,7 +524,7 @@ def test_policy_gradients_make_what_is_rewarded_likelier():
 
     def p():
         with torch.no_grad():
-            return nano.prefill(policy, wanted.history, wanted.target)[1].sum(-1).exp().mean().item()
+            return nano.prefill(policy, wanted.history, wanted.target).target_logp.sum(-1).exp().mean().item()
 
     before = p()
     train("grpo", cfg(rl_steps=25, grpo_lr=1e-2), reward=lambda history, item: (item == 3).float(), policy=policy)

@@ -48,11 +48,11 @@ def gradients(policy, value):
 
 
 def forced(policy, histories, tokens):
-    return nano.tree_decode(policy, nano.prefill(policy, histories)[0], nano.teacher_forcing(tokens))[1]
+    return nano.tree_decode(policy, nano.prefill(policy, histories), nano.teacher_forcing(tokens))[1]
 
 
 def at_once(policy, histories, tokens):
-    return nano.sequence_logp(policy, nano.prefill(policy, histories)[0], tokens)
+    return nano.sequence_logp(policy, nano.prefill(policy, histories), tokens)
 
 
 def plainly(policy, histories, tokens):
@@ -60,12 +60,12 @@ def plainly(policy, histories, tokens):
 
 
 def beams(policy, histories, width):
-    return nano.tree_decode(policy, nano.prefill(policy, histories)[0], nano.beam(width))
+    return nano.tree_decode(policy, nano.prefill(policy, histories), nano.beam(width))
 
 
 def samples(policy, histories, n, seed):
     points = torch.rand(policy.catalogue.L, len(histories), n, generator=generator(seed))
-    return nano.tree_decode(policy, nano.prefill(policy, histories)[0], nano.sample(points))
+    return nano.tree_decode(policy, nano.prefill(policy, histories), nano.sample(points))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,9 +110,10 @@ def test_in_float64_the_two_ways_agree_to_the_last_digits(way):
 @two_families
 def test_run_with_the_truth_behind_it_a_prompt_is_the_same_and_the_truth_as_likely(family):
     policy = make_policy(CATALOGUE, family, bos=True)
-    prompt, target_logp = nano.prefill(policy, BATCH.history, BATCH.target)
-    alone, truth = nano.prefill(policy, HISTORIES)[0], CATALOGUE.tokens[BATCH.target].unsqueeze(1)
-    torch.testing.assert_close(target_logp, nano.sequence_logp(policy, alone, truth)[:, 0], rtol=0, atol=5e-6)
+    prompt = nano.prefill(policy, BATCH.history, BATCH.target)
+    alone, truth = nano.prefill(policy, HISTORIES), CATALOGUE.tokens[BATCH.target].unsqueeze(1)
+    torch.testing.assert_close(prompt.target_logp, nano.sequence_logp(policy, alone, truth)[:, 0], rtol=0, atol=5e-6)
+    assert alone.target_logp is None
     torch.testing.assert_close(prompt.next_logp, alone.next_logp, rtol=0, atol=5e-6)
     assert torch.equal(prompt.mask, alone.mask)
     for (keys, values), (k, v) in zip(prompt.kv_cache, alone.kv_cache, strict=True):
@@ -128,7 +129,7 @@ def test_a_semantic_id_may_have_one_token_alone():
     plain = plainly(policy, histories, tokens)
     for found in forced(policy, histories, tokens), at_once(policy, histories, tokens):
         torch.testing.assert_close(found, plain, rtol=0, atol=5e-6)
-    truth = nano.prefill(policy, histories, torch.tensor([2, 0]))[1]
+    truth = nano.prefill(policy, histories, torch.tensor([2, 0])).target_logp
     expected = torch.stack([plain[0, catalogue.tokens[2, 0]], plain[1, catalogue.tokens[0, 0]]])
     torch.testing.assert_close(truth, expected, rtol=0, atol=5e-6)
 
@@ -146,7 +147,7 @@ def test_a_mixture_of_experts_grows_the_same_tree():
 
 def test_returned_tokens_are_the_given_ones():
     policy, tokens = make_policy(CATALOGUE), some_tokens()
-    prompt = nano.prefill(policy, HISTORIES)[0]
+    prompt = nano.prefill(policy, HISTORIES)
     assert torch.equal(nano.tree_decode(policy, prompt, nano.teacher_forcing(tokens))[0], tokens)
 
 
@@ -156,7 +157,7 @@ def test_a_prompt_says_the_same_alone_and_beside_longer_ones(family):
     together = at_once(policy, HISTORIES, tokens)
     wider = torch.cat([torch.full((4, 2), -1), HISTORIES], 1)
     torch.testing.assert_close(at_once(policy, wider, tokens), together, rtol=0, atol=5e-6)
-    assert nano.prefill(policy, wider)[0].mask.shape == (4, 3 * 3 + 1), "nobody pays for padding that all rows have"
+    assert nano.prefill(policy, wider).mask.shape == (4, 3 * 3 + 1), "nobody pays for padding that all rows have"
     for row, (history, own) in enumerate(zip(HISTORIES, tokens, strict=True)):
         alone = at_once(policy, history[history >= 0][None], own[None])
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=5e-6)
@@ -179,13 +180,13 @@ def test_neither_the_order_of_prompts_nor_of_branches_nor_their_number_matters(f
 
 def test_rows_of_a_prompt_are_the_prompts_of_these_rows():
     policy, tokens, rows = make_policy(CATALOGUE), some_tokens(6), torch.tensor([3, 1])
-    part = nano.sequence_logp(policy, nano.prefill(policy, HISTORIES)[0].rows(rows), tokens[rows])
+    part = nano.sequence_logp(policy, nano.prefill(policy, HISTORIES).rows(rows), tokens[rows])
     torch.testing.assert_close(part, at_once(policy, HISTORIES, tokens)[rows], rtol=0, atol=5e-6)
 
 
 def test_only_the_items_and_their_order_decide_what_a_prompt_says():
     policy = make_policy(CATALOGUE)
-    logp = nano.prefill(policy, torch.tensor([[0, 5], [5, 0], [0, 5]]))[0].next_logp
+    logp = nano.prefill(policy, torch.tensor([[0, 5], [5, 0], [0, 5]])).next_logp
     torch.testing.assert_close(logp[0], logp[2], rtol=0, atol=5e-6)
     assert (logp[0] - logp[1]).abs().max() > 1e-3
 
@@ -194,7 +195,7 @@ def test_dropout_is_off_so_that_sampling_and_scoring_agree():
     policy = make_policy(CATALOGUE, "gpt2", embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
 
     def said():
-        return nano.prefill(policy, HISTORIES)[0].next_logp
+        return nano.prefill(policy, HISTORIES).next_logp
 
     assert torch.equal(said(), said())
     nano.train_sft(policy, BATCH, settings(sft_steps=1, sft_batch_size=2), lambda **row: None)
@@ -206,7 +207,7 @@ def test_dropout_is_off_so_that_sampling_and_scoring_agree():
 
 def test_growing_leaves_the_prompt_as_it_was():
     policy = make_policy(CATALOGUE, "llama")
-    prompt = nano.prefill(policy, HISTORIES)[0]
+    prompt = nano.prefill(policy, HISTORIES)
     before = [(keys.clone(), values.clone()) for keys, values in prompt.kv_cache]
     first = nano.tree_decode(policy, prompt, nano.beam(9))
     nano.tree_decode(policy, prompt, nano.sample(torch.rand(3, 4, 5)))
@@ -219,7 +220,7 @@ def test_growing_leaves_the_prompt_as_it_was():
 
 def test_two_trees_on_one_prompt_add_their_gradients():
     policy, a, b = make_policy(CATALOGUE, "llama", dtype=torch.float64), some_tokens(2), some_tokens(3, seed=4)
-    prompt = nano.prefill(policy, HISTORIES)[0]
+    prompt = nano.prefill(policy, HISTORIES)
     both = sum(nano.tree_decode(policy, prompt, nano.teacher_forcing(tokens))[1].sum() for tokens in (a, b))
     ours = gradients(policy, both)
     plain = gradients(policy, at_once(policy, HISTORIES, torch.cat([a, b], 1)).sum())
@@ -316,7 +317,7 @@ def test_samples_follow_from_the_points_alone_and_a_part_of_the_batch_samples_wh
     policy, points = make_policy(CATALOGUE), torch.rand(3, 4, 8, generator=generator(3))
 
     def sampled(rows):
-        prompt = nano.prefill(policy, HISTORIES[rows])[0]
+        prompt = nano.prefill(policy, HISTORIES[rows])
         return nano.tree_decode(policy, prompt, nano.sample(points[:, rows]))[0]
 
     whole = sampled(slice(0, 4))
@@ -342,7 +343,7 @@ def test_a_token_without_probability_is_not_sampled_wherever_the_point_lies():
 def test_the_tiny_policy_reads_the_longest_history_and_is_decided_by_the_seed():
     c = settings(max_history=5)
     policy, history = nano.tiny_policy(CATALOGUE, c, width=8), torch.tensor([[0, 1, 2, 3, 4]])
-    assert nano.prefill(policy, history)[0].next_logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert nano.prefill(policy, history).next_logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
     tokens, logp = beams(policy, history, 4)
     torch.testing.assert_close(logp[0], plain_logp(policy, history[0], tokens[0]), rtol=0, atol=1e-5)
     same, other = (state(nano.tiny_policy(CATALOGUE, settings(max_history=5, seed=seed), width=8)) for seed in (0, 1))
