@@ -79,7 +79,11 @@ def check_same_shape(xp, name, array, like_name, like, *, kind):
 
 def check_dtype(xp, name, array, kind):
     """Refuse a dtype that is not of ``kind`` (the array API's names)."""
-    if not xp.isdtype(array.dtype, kind):
+    try:
+        fits = xp.isdtype(array.dtype, kind)
+    except TypeError:  # NumPy, asked about a dtype that is not its own, such as the bfloat16 of JAX
+        fits = False
+    if not fits:
         wanted = kind if isinstance(kind, str) else " or ".join(kind)
         remedy = "convert it first, with xp.astype or, in torch, .to(dtype)"
         raise ValueError(f"{name}: expected a {wanted} dtype, got {array.dtype}; {remedy}")
@@ -101,7 +105,8 @@ def check_count(name, value, *, least=1):
         except (AttributeError, TypeError, RuntimeError):  # RuntimeError: torch.vmap over it
             one = False
     if not one or count < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}; pass a Python int")
+        remedy = "make it static, for jax.jit by static_argnames" if is_traced(value) else "pass a Python int"
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}; {remedy}")
     return count
 
 

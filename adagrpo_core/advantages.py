@@ -120,7 +120,8 @@ def target_row_advantages(advantages, clip, /, *, lam: float = 1.0):
 
     Valid on-policy only (away from ratio 1 the ground truth's row is ratio-clipped too), for completions of one length
     or a stack that averages per sequence first. A KL or entropy term inside the stack escapes the clip. Rows that are
-    not admitted stay in the batch: dropping them would rescale the loss.
+    not admitted stay in the batch: dropping them would rescale the loss. In bfloat16 K + 1 is rounded from K = 256 on:
+    pass float32 advantages.
 
     References
     ----------

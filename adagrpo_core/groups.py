@@ -164,6 +164,8 @@ def group_by(index, /) -> GroupOrder:
     check_shape(xp, "index", index, "N", {}, kind=None)
     if getattr(index.dtype, "kind", None) not in STRINGS_OR_OBJECTS and not xp.isdtype(index.dtype, "integral"):
         raise ValueError(f"index: expected integers, or strings in NumPy, got {index.dtype}; number the groups")
+    if getattr(index.dtype, "kind", "") == "O" and (index != index).any():  # NaN equals nothing, not even itself
+        raise ValueError("index: expected ids, got NaN; give each group one, or drop the rows that have none")
     try:
         (ids, sizes), by_id = xp.unique_counts(index), xp.argsort(index, stable=True)
     except TypeError:  # objects, of which some cannot be compared; or JAX cannot look at the values

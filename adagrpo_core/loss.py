@@ -191,8 +191,8 @@ def grpo_loss(
         Log-probability under a reference policy, for ``beta``.
     beta : float
         Weight of the KL penalty to the reference, by the estimator exp(d) - d - 1 with d = ref - token_logp. Beyond
-        d = 20 it goes on as its tangent, and log-probabilities below -1e25 are read as that, so that it is finite. None
-        by default, as in the paper's objective.
+        d = 20 it goes on as its tangent, and log-probabilities below -1e25 are read as that, so that it is finite (but
+        for float16, which holds no more than 65504). None by default, as in the paper's objective.
 
     Returns
     -------
@@ -276,6 +276,7 @@ def adagrpo_loss(
     epsilon_high: float | None = None,
     beta: float = 0.0,
     ties: str = "min",
+    tol: float = 0.0,
     eps: float = 1e-4,
     correction: int = 1,
 ) -> AdaGRPOLoss:
@@ -304,7 +305,8 @@ def adagrpo_loss(
     target_old_logp : array, shape (B, L*) or (B,), real floating, optional
         Log-probability of the ground truth's tokens under the policy that sampled, or its mean over those that count.
         Without it ``target_token_logp`` is used, which is the same thing on-policy. If it and ``old_token_logp`` have
-        two dtypes, the wider is rounded to the narrower, so that copies of the truth tie with it.
+        two dtypes, the finer is rounded to the coarser, so that copies of the truth tie with it. Per token is safer:
+        then both means are taken in one sum, and leave out what the masks leave out.
     ref_token_logp : array, shape (B, K, L), real floating, optional
         See :func:`grpo_loss`; the penalty is admitted or not along with the rest.
     tau, rho : float
@@ -315,6 +317,10 @@ def adagrpo_loss(
         See :func:`grpo_loss`.
     ties : {"min", "max", "average"}
         See :func:`policy_rank` and :func:`reward_ranks`.
+    tol : float
+        In nats per token: a rollout ranks above the truth by likelihood only if its mean is more than ``tol`` above
+        the truth's. Copies of the truth that were scored in another pass differ from it by rounding: 1e-4 covers
+        float32. It is added in float32 or wider. With one, no copy ties with the truth, so ``ties`` concerns rewards.
     eps, correction
         See :func:`group_advantages`.
 
@@ -371,15 +377,15 @@ def adagrpo_loss(
     check_finite(xp, "lam", lam, target_token_logp)
     check_finite(xp, "lam", lam, token_logp)
 
+    tol = check_positive("tol", tol, zero_too=True)
+    check_finite(xp, "tol", tol, target_token_logp)
+
     nll = nll_loss(widen(xp, target_token_logp), target_mask)
-    truth, rollouts = target_token_logp if target_old_logp is None else target_old_logp, old_token_logp
-    if tuple(truth.shape) == tuple(target_token_logp.shape):  # per token
-        check_dtype(xp, "target_old_logp", truth, REAL)
-        truth, rollouts = _equally_precise(xp, truth, rollouts)
-        truth = -nll if truth is target_token_logp else length_normalized(widen(xp, truth), target_mask)
-    check_shape(xp, "target_old_logp", truth, "B", sizes)
-    rollouts = length_normalized(widen(xp, rollouts), mask)
-    pools = _equally_precise(xp, truth, rollouts), (target_reward, rewards, negative_rewards)
+    truth = target_token_logp if target_old_logp is None else target_old_logp
+    per_token = tuple(truth.shape) == tuple(target_token_logp.shape)
+    check_shape(xp, "target_old_logp", truth, "B L*" if per_token else "B", sizes)
+    truth, rollouts = _likelihoods(xp, truth, old_token_logp, target_mask, mask)
+    pools = (truth + tol, rollouts), (target_reward, rewards, negative_rewards)
     difficult = difficulty(*pools[0], tau=tau, ties=ties)
     reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)
     clip = sample_clip(difficult, reliable)
@@ -400,11 +406,40 @@ def adagrpo_loss(
 
 
 def _equally_precise(xp, a, b):
-    """Both in the dtype of fewer bits. Else a truth would beat its own copies, or not, by how one side was rounded."""
+    """Both in the coarser dtype. Else a truth would beat its own copies, or not, by how one side was rounded."""
     if a.dtype == b.dtype:
         return a, b
-    spare = xp.finfo(a.dtype).bits - xp.finfo(b.dtype).bits
-    return xp.astype(a, b.dtype) if spare > 0 else a, xp.astype(b, a.dtype) if spare < 0 else b
+    step_a, step_b = xp.finfo(a.dtype).eps, xp.finfo(b.dtype).eps
+    return xp.astype(a, b.dtype) if step_a < step_b else a, xp.astype(b, a.dtype) if step_b < step_a else b
+
+
+def _likelihoods(xp, truth, rollouts, target_mask, mask):
+    """Mean log-probability per token of the truth (B,), which may be given as that, and of rollouts (B, K).
+
+    Both in one sum: arrays of two shapes are added up in two orders, by which copies of the truth would not tie.
+    """
+    truth, rollouts = stop_gradient(truth), stop_gradient(rollouts)
+    if truth.ndim == 1:
+        pair = _equally_precise(xp, truth, length_normalized(widen(xp, rollouts), mask))
+        return tuple(widen(xp, x) for x in pair)
+    truth, rollouts = _equally_precise(xp, truth[:, None, :], rollouts)
+    if not (mask is None and target_mask is None and truth.shape[-1] == rollouts.shape[-1]):
+        mask = xp.ones_like(rollouts, dtype=xp.bool) if mask is None else mask
+        target_mask = xp.ones_like(truth, dtype=xp.bool) if target_mask is None else target_mask[:, None, :]
+        truth, rollouts = _equally_long(xp, truth, rollouts)
+        mask = xp.concat(_equally_long(xp, target_mask, mask), axis=1)
+    means = _token_mean(xp, widen(xp, xp.concat([truth, rollouts], axis=1)), mask, float("nan"))
+    return means[:, 0], means[:, 1:]
+
+
+def _equally_long(xp, a, b):
+    """Both with the longer last axis, by zeros, or False, at the end."""
+    gap = a.shape[-1] - b.shape[-1]
+
+    def longer(x):
+        return xp.concat([x, xp.broadcast_to(xp.zeros_like(x[..., :1]), (*x.shape[:-1], abs(gap)))], axis=-1)
+
+    return (longer(a), b) if gap < 0 else (a, longer(b)) if gap > 0 else (a, b)
 
 
 def _clipped_gap(xp, logp, old, A, live, epsilon, epsilon_high):

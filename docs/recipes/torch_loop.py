@@ -40,7 +40,7 @@ def rollout(logits, generator):
     return {
         "tokens": tokens,
         "old_logp": token_logp(logits, tokens),  # (B, K, L)
-        "target_old_logp": token_logp(logits, TRUTH).float() + TOL,  # (B, L)
+        "target_old_logp": token_logp(logits, TRUTH),  # (B, L)
         "rewards": reward(tokens),  # (B, K)
         "target_reward": reward(TRUTH),  # (B,)
         "negative_rewards": reward(core.ungroup(tokens)[drawn]),  # (B, M), under this row's prompt
@@ -56,6 +56,7 @@ def objective(logits, batch, lam=1.0):
         batch["target_reward"],
         batch["negative_rewards"],
         target_old_logp=batch["target_old_logp"],  # or a second update would be judged by another policy
+        tol=TOL,
         lam=lam,
         rho=RHO,
     )

@@ -99,6 +99,12 @@ def test_objects_that_cannot_be_sorted_are_refused_by_name(ids):
         group_by(np.asarray(ids * 2, dtype=object))
 
 
+@pytest.mark.parametrize("ids", [[NAN, 1.0, NAN, 1.0], [NAN, NAN], ["a", NAN]], ids=str)
+def test_objects_that_are_nan_are_refused_because_nan_equals_nothing_and_would_make_groups_of_one(ids):
+    with pytest.raises(ValueError, match=r"^index: expected ids, got NaN; "):
+        group_by(np.asarray(ids, dtype=object))
+
+
 # -- negatives -------------------------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from([(2, 1), (3, 2)]).flatmap(

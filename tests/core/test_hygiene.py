@@ -224,6 +224,7 @@ OTHER = {  # function, setting: another value, and the arrays for which it must 
     ("grpo_loss", "beta"): (0.5, {}),
     ("adagrpo_loss", "ties"): ("max", {**ADMITTED, "target_old_logp": A["old"].mean(2).max(1)}),
     ("adagrpo_loss", "tau"): (0.9, {**ADMITTED, "target_old_logp": MIDDLE}),
+    ("adagrpo_loss", "tol"): (9.0, ADMITTED),
     ("adagrpo_loss", "rho"): (0.7, {**ADMITTED, "negative_rewards": np.sort(A["rewards"], 1)[:, 2:3]}),
     ("adagrpo_loss", "lam"): (0.5, ADMITTED),
     ("adagrpo_loss", "epsilon"): (0.1, ADMITTED_FAR),
@@ -255,7 +256,7 @@ def test_every_setting_is_read(function, setting):
     given = {**given, **changes}
     before, after = (call(function, given, either) for either in (settings, {**settings, setting: value}))
     assert not same(before, after)
-    if function == "adagrpo_loss" and setting not in ("ties", "tau", "rho"):  # those change the clip, these do not
+    if function == "adagrpo_loss" and setting not in ("ties", "tau", "rho", "tol"):  # which change the clip
         assert before.clip.all() and after.clip.all() and not same(before.loss, after.loss)
 
 

@@ -258,23 +258,52 @@ PAIRS = [(x, i, j) for x, i, j in PAIRS if {i, j} != {0, 1} or x == "numpy"]  # 
     *((form, *pair) for form in ("per token", "none") for pair in PAIRS),
     # Of two dtypes, a mean may have been rounded before it was taken, or after.
     *(("mean", backend, i, j) for backend, i, j in PAIRS if i == j)])  # fmt: skip
-@pytest.mark.parametrize("L", [1, 3, 7])
-def test_rollouts_that_repeat_the_truth_tie_with_it_whatever_dtypes_they_have(form, backend, one, other, L):
+@pytest.mark.parametrize("L", [1, 3, 7, 20])
+@pytest.mark.parametrize("padding", [None, (0, 0), (0, 5), (9, 0)])  # of the truth and of the rollouts; None: no masks
+def test_rollouts_that_repeat_the_truth_tie_with_it_whatever_dtypes_and_padding_they_have(
+        form, backend, one, other, L, padding):
     """Every rollout has the truth's tokens, kept in one dtype or two: no prompt is difficult."""
     make, dtypes, to = DTYPES[backend]
     rng, N, K = np.random.default_rng(L), 200, 8
     target, rewards = rng.uniform(-6, -1, (N, L)).astype(np.float32), rng.normal(size=(N, K)).astype(np.float32)
-    arrays = target, np.repeat(target[:, None], K, 1), rewards, np.full(N, 9.0), np.full((N, 1), -9.0)
+    rollouts, masks = np.repeat(target[:, None], K, 1), []
+    for x, extra in zip((target, rollouts), padding or (0, 0), strict=True):
+        counts = np.arange(L + extra) < L
+        masks.append(make(np.broadcast_to(counts, (*x.shape[:-1], L + extra)).copy()))
+    target, rollouts = (np.concatenate([x, rng.normal(size=(*x.shape[:-1], extra))], -1)
+                        for x, extra in zip((target, rollouts), padding or (0, 0), strict=True))
+    arrays = target, rollouts, rewards, np.full(N, 9.0), np.full((N, 1), -9.0)
     target, rollouts, *rewards = (make(np.asarray(x, np.float32)) for x in arrays)
     target, rollouts = to(target, dtypes[one]), to(rollouts, dtypes[other])
+    masks = (None, None) if padding is None else masks
 
     def difficult(shift):
-        old = {"none": None, "mean": length_normalized(target) - shift, "per token": target - shift}[form]
+        mean = length_normalized(target, masks[0]) - shift
+        old = {"none": None, "mean": mean, "per token": target - shift}[form]
         at = target - shift if form == "none" else target
-        return adagrpo_loss(at, rollouts, rollouts, *rewards, target_old_logp=old).difficult
+        return adagrpo_loss(at, rollouts, rollouts, *rewards, *masks, target_old_logp=old).difficult
 
-    tol = 1e-5 if backend == "jax" else 0  # XLA may add up (N, L) and (N, K, L) in two orders
+    tol = 1e-5 if form == "mean" and (backend == "jax" or padding) else 0  # two sums may be added up in two orders
     assert not difficult(-tol).any() and difficult(1).all()
+
+
+@pytest.mark.parametrize("form, backend, one", [
+    (form, backend, i) for form in ("per token", "mean", "none") for backend, (_, dtypes, _) in DTYPES.items()
+    for i, dtype in enumerate(dtypes)
+    if form != "mean" or dtype not in (torch.bfloat16, jnp.bfloat16)])  # there a mean has steps of .03125 itself
+def test_a_rollout_beats_the_truth_only_by_more_than_tol_in_any_dtype(form, backend, one):
+    """The first of four tokens is .03125 nats likelier in the rollouts: the least step that bfloat16 has there."""
+    make, dtypes, to = DTYPES[backend]
+    target, rollouts = np.full((2, 4), -5.0), np.full((2, 8, 4), -5.0)
+    rollouts[..., 0] += 0.03125
+    arrays = target, rollouts, np.tile(np.arange(8.0), (2, 1)), np.full(2, 9.0), np.full((2, 1), -9.0)
+    target, rollouts, *rewards = (make(np.asarray(x, np.float32)) for x in arrays)
+    target, rollouts = to(target, dtypes[one]), to(rollouts, dtypes[one])
+    old = {"per token": target, "mean": length_normalized(target), "none": None}[form]
+    apart = 0.03125 / 4  # per token
+    for tol, rank in ((0.0, 9), (apart / 2, 9), (apart, 1), (2 * apart, 1)):
+        out = adagrpo_loss(target, rollouts, rollouts, *rewards, target_old_logp=old, tol=tol)
+        assert out.policy_rank.tolist() == [rank, rank] and out.difficult.tolist() == [rank > 2] * 2, tol
 
 
 @every_backend

@@ -103,7 +103,7 @@ def refused(function, name, array):
 def test_the_table_of_arguments_covers_every_public_function_and_array():
     functions = {name for name in core.__all__ if inspect.isfunction(getattr(core, name))}
     assert functions == set(ARGUMENTS)
-    settings = {"ties", "tau", "rho", "lam", "epsilon", "epsilon_high", "beta", "eps", "correction", "k", "m"}
+    settings = {"ties", "tau", "rho", "lam", "tol", "epsilon", "epsilon_high", "beta", "eps", "correction", "k", "m"}
     for function, (given, _) in ARGUMENTS.items():
         assert set(inspect.signature(getattr(core, function)).parameters) - settings == set(given)
         call(function, *ARGUMENTS[function])
@@ -205,6 +205,7 @@ WRONG_SETTINGS = [
         for wrong in (0.0, -0.2, NAN)
     ],
     *[(function, "beta", wrong) for function in ("grpo_loss", "adagrpo_loss") for wrong in (-0.1, NAN, INF)],
+    *[("adagrpo_loss", "tol", wrong) for wrong in (-1e-9, NAN, INF, 1e309)],
     *[
         (function, "lam", wrong)
         for function in ("adagrpo_loss", "target_row_advantages")
@@ -218,7 +219,7 @@ WRONG_SETTINGS = [
         for function in ARGUMENTS
         for name in inspect.signature(getattr(core, function)).parameters
         for wrong in (None, "a", [0.3], 1j, np.asarray([0.3, 0.3]))
-        if name in ("tau", "rho", "eps", "correction", "epsilon", "epsilon_high", "beta", "lam", "k", "m")
+        if name in ("tau", "rho", "eps", "correction", "epsilon", "epsilon_high", "beta", "lam", "tol", "k", "m")
         if not (name == "epsilon_high" and wrong is None)
     ],
 ]
@@ -285,6 +286,22 @@ def test_a_traced_setting_is_refused_by_name_with_the_remedy_unless_it_is_lam(fu
         return
     with pytest.raises(ValueError, match=rf"^{name}: expected .* while tracing, got a traced one; .* static_argnames"):
         jax.jit(traced)(1)
+
+
+@pytest.mark.parametrize("function, name", [
+    ("group", "k"), ("in_batch_negatives", "k"), ("in_batch_negatives", "m"), ("group_advantages", "correction")])
+def test_a_traced_count_is_refused_with_the_remedy(function, name):
+    given, settings = ARGUMENTS[function]
+    with pytest.raises(ValueError, match=rf"^{name}: expected a whole number .* static_argnames"):
+        jax.jit(lambda value: call(function, given, {**settings, name: value}, jnp.asarray))(2)
+
+
+@pytest.mark.parametrize("function", ["length_normalized", "difficulty", "group_advantages", "nll_loss"])
+def test_a_numpy_array_of_a_dtype_that_is_not_numpys_is_refused_by_name(function):
+    """As np.asarray makes of JAX's bfloat16."""
+    given, settings = ARGUMENTS[function]
+    theirs = {name: np.asarray(jnp.asarray(x, jnp.bfloat16)) if x.dtype.kind == "f" else x for name, x in given.items()}
+    assert "expected a real floating dtype, got bfloat16; convert it first" in refusal(function, theirs, settings)
 
 
 @pytest.mark.parametrize("name, wrong", [("tau", 1e-7), ("tau", 1 - 1e-7), ("rho", 1e-7), ("rho", 1 - 1e-7)])

@@ -178,6 +178,23 @@ def test_the_same_tokens_in_another_batch_differ_by_less_than_tol(dtype, scale):
         assert 1e-4 < max(worst) < (1e-2 if scale == 1 else 5e-2)
 
 
+@pytest.mark.parametrize("given", ["per token", "mean", "none"])
+def test_with_the_pages_tol_copies_of_the_truth_that_are_rounded_otherwise_make_no_prompt_difficult(given):
+    """Log-probabilities kept in bfloat16, as the page advises against, below 4 nats: a step is .016 at most."""
+    rng, N, K, L = np.random.default_rng(0), 400, 8, 4
+    truth = rng.uniform(-3.9, -2.1, (N, L))
+    rollouts = truth[:, None] + rng.uniform(-0.003, 0.003, (N, K, L))
+    truth, rollouts = (torch.tensor(x, dtype=torch.bfloat16) for x in (truth, rollouts))
+    pools = torch.rand(N, K), torch.full((N,), 2.0), torch.full((N, 1), -1.0)
+    old = {"per token": truth, "mean": core.length_normalized(truth.float()), "none": None}[given]
+
+    def difficult(tol):
+        out = core.adagrpo_loss(truth, rollouts, rollouts, *pools, target_old_logp=old, tol=tol)
+        return out.difficult.float().mean().item()
+
+    assert difficult(0.0) > 0.2 and difficult(0.017) == 0
+
+
 def test_with_padding_the_gate_is_that_without_it_but_not_where_the_truths_mean_is_over_padding():
     rng, N, K, L = np.random.default_rng(0), 500, 16, 10
 
