@@ -613,7 +613,7 @@ def load_data(folder, cfg):
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json to read, see docs/data.md"
                         + "; if the data have moved, name them by --data" * bool(cfg.resume))
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source]
-    for name, other in itertools.product(("rl", "log"), LAYOUTS.values()):
+    for name, other in itertools.product(("rl", "log"), (".csv", ".jsonl", ".json", ".csv.gz", ".jsonl.gz")):
         if other != ending and os.path.lexists(path := folder / f"{name}{other}"):
             raise UserError(f"{path}: {source} goes with {ending} files; convert this one, or move it away")
 
@@ -649,7 +649,7 @@ def subset(prompts, n, seed, purpose):
 
 def read_catalogue(path):
     """The distinct Semantic IDs, in their order; items that share one cannot be told apart."""
-    with in_one_line(f"{path}: not valid JSON"):
+    with in_one_line(f"{path}: not valid JSON", "it has to be in UTF-8, and to hold item -> list of tokens"):
         entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     sids, like = {}, ("<a_12>", "<b_3>")  # so that a cell of CSV can hold several
     entries = dict(enumerate(entries)) if isinstance(entries, list) else entries
@@ -671,7 +671,8 @@ def read_catalogue(path):
 def once(pairs):
     """An object of JSON, none of whose keys may be there twice: json would keep the last one silently."""
     if len(found := dict(pairs)) < len(pairs):
-        raise UserError(f"a key is there twice in {found!s:.80}")
+        twice = next(x for x, y in itertools.pairwise(sorted(name for name, _ in pairs)) if x == y)
+        raise UserError(f"the key {twice!r:.60} is there twice")
     return found
 
 
@@ -698,7 +699,7 @@ def read_rows(path, catalogue, source, cfg):
         if is_csv and column != target:  # a Python list: parsed as such, never evaluated
             joined = re.search(r"['\"]\s+['\"]", x)  # NumPy prints no commas, Python would join words
             x = None if joined else ast.literal_eval(x)
-        x = [x] if column == target else x
+        x = [x] if column == target and x is not None else x
         if not isinstance(x, list) or not (x or (is_log and column == history)):
             raise TypeError
         number = flags if column in ("click", "order") else items
@@ -1063,8 +1064,12 @@ def pretrained_policy(catalogue, cfg):
     """The causal language model --model, from the hub or a folder, cut to Semantic IDs."""
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
     what = f"--model {cfg.model}" + ", no folder here" * (not os.path.isdir(cfg.model))
-    remedy = "expected a decoder-only model of plain attention (config.json, safetensors): hub name or folder"
+    remedy = ("expected a decoder-only model of plain attention (config.json, safetensors): hub name or "
+              "folder, such as RUN/policy")
+    files, known = " ".join(path.name for path in Path(cfg.model).glob("*")), {}  # word -> its row
     with in_one_line(what, remedy):
+        if "adapter_config.json" in files:
+            raise ValueError("it holds an adapter; merge that into the model, and save it")
         config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         what += f", a {config.model_type}"
     with in_one_line(what, remedy):
@@ -1074,11 +1079,9 @@ def pretrained_policy(catalogue, cfg):
         context = getattr(config, "max_position_embeddings", None) or T
         if 0 < context < T:
             raise ValueError(f"its context of {context} tokens is too short for {T}; lower --max-history")
-        files, known = " ".join(path.name for path in Path(cfg.model).glob("*")), {}  # word -> its row
-        if "adapter_config.json" in files:
-            raise ValueError("it holds an adapter; merge that into the model, and save it")
         if not files or re.search(r"tokenizer|vocab|tekken|\.model\b", files):  # without one it knows no word
-            tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+            with in_one_line("its tokenizer cannot be loaded"):
+                tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
             known = tokenizer.get_vocab() | {START_TOKEN: tokenizer.bos_token_id}
         model, found = AutoModelForCausalLM.from_pretrained(  # never pickled weights, never code from the hub
             cfg.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
@@ -1153,6 +1156,11 @@ def cut_vocabulary(model, known, catalogue, cfg):
         ids = places[torch.tensor([[*range(S + 1, V), *tokens[past[past >= 0]].flatten(), S, *last[:-1]]])]
         plain.append(model(input_ids=ids, use_cache=False).logits[0, -L:, places].log_softmax(-1))
     plain = torch.stack(plain)  # (2, L, V)
+    # Small weights hide that an encoder sees later tokens; in a decoder they change nothing at all.
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % size], 1)
+    first, second = (model(input_ids=x, use_cache=False).logits[0, :-1, places] for x in (ids, other))
+    if (first - second).abs().max() > 5e-5 * plain.std():
+        raise ValueError("it sees later tokens, as an encoder does")
     expected = plain.gather(-1, tokens[item[:, -1]][..., None])[..., 0]
     with in_one_line("no tree can grow on its kind of layers or cache"):
         cache, tokens = prefill(policy, history.to(cfg.device)), tokens[item].to(cfg.device)
@@ -1259,9 +1267,9 @@ def all_gather(pieces):
     local = torch.cat(pieces)
     if not dist.is_initialized():
         return local
-    found = local.new_empty(world_size() * len(local), *local.shape[1:])
-    dist.all_gather_into_tensor(found, local)
-    return found
+    found = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(found, local)
+    return torch.cat(found)
 
 
 class Optimizer:
@@ -1400,6 +1408,8 @@ class Checkpoints:
 
     def save(self, policy, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
+        if not all(x.norm().isfinite() for x in policy.model.parameters()):  # the one before shall stay
+            raise UserError("the weights have run away, beyond float32; lower the learning rate")
 
         def number(tensor):
             tensors[str(len(tensors))] = tensor
@@ -1507,7 +1517,7 @@ def run(cfg):
     reward, parts = None, []
     if cfg.reward:  # is asked about two rows, so that its faults show before the supervised steps
         reward = functools.partial(own_reward, cfg, parts)  # which notes the names of its parts
-        one_and_none = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)  # an item, and no item
+        one_and_none = F.pad(data.rl.target[:2][:, None], (0, 2), value=-1)  # an item, and twice no item
         reward(data.rl.history[:2], one_and_none)
     begun = [x.name for x in Path(cfg.resume).glob("checkpoint-*.safetensors")] if cfg.resume else []
     # Before the folder is made: what is refused leaves none behind. A checkpoint holds the policy.
@@ -1718,7 +1728,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    first, _, examples, *_ = (__doc__ or "\n\n" * 2).split("\n\n")  # python -OO has none
+    if not __doc__:
+        raise UserError("python -OO takes docstrings away, which transformers needs; leave it out, or say -O")
+    first, _, examples, *_ = __doc__.split("\n\n")
     parser = Parser("nanoadagrpo", "nanoadagrpo.py --toy | --data DIR [...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS,  # what is parsed are the flags that were given
                     description=f"{first}\nMethods: {', '.join(METHODS)}, all.\n\n{examples}",
@@ -1736,7 +1748,7 @@ def parse(argv):
         metavar = {int: "N", float: "X"}.get(type(x), "DIR" if text.startswith("folder") else None)
         kind = os.path.expanduser if x == "" else type(x)  # --out=~/x: no shell does it there
         group.add_argument(flag, type=kind, metavar="|".join(about["choices"]) or metavar, help=text)
-    given, saved = vars(parser.parse_args(argv)), {}
+    given, saved = vars(parser.parse_args(argv and [*map(str, argv)])), {}
     if given.get("resume"):
         out = Path(given["resume"])
         with in_one_line(f"{out!s:.80}/config.json", "name a run of this version"):

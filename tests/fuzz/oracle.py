@@ -5,6 +5,7 @@ It raises Bad where a file cannot be right. `doubts` lists what may be refused o
 """
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -33,8 +34,8 @@ class Reading:
         self.ending = ".csv" if self.csv else ".jsonl"
         self.sids = self.read_catalogue()
         self.items = {self.joined(sid): i for i, sid in enumerate(self.sids)}
-        other = {".csv": ".jsonl", ".jsonl": ".csv"}[self.ending]
-        for name in EXTRA:
+        others = {".csv", ".jsonl", ".json", ".csv.gz", ".jsonl.gz"} - {self.ending}
+        for name, other in itertools.product(EXTRA, others):
             if os.path.lexists(self.folder / (name + other)):
                 raise Bad(name + other, f"of another layout than {self.source}")
         for name in [*SPLITS, *EXTRA]:

@@ -299,6 +299,7 @@ DEEP = 100_000
 @pytest.mark.parametrize(
     "text, words",
     [
+        ('{"a": [0, 0, 0], "b": [0, 0, 1], "b": [0, 0, 2]}', ["not valid JSON: the key 'b' is there twice", "UTF-8"]),
         ("", ["not valid JSON"]),
         ("[[0, 0, 0], [0, 0", ["not valid JSON"]),
         ("[" * DEEP, ["not valid JSON"]),
@@ -522,7 +523,7 @@ def test_a_file_in_another_encoding_is_refused(refused, folder, make, name, chan
         ("{'history': [[0, 0, 0]], 'target': [0, 0, 1]}", ["like [[0, 0, 0], [0, 0, 0]], target like [0, 0, 0]"]),
         ('{"history": [[0, 0, 0]]', ["like [[0, 0, 0], [0, 0, 0]], target like [0, 0, 0]"]),
         ("", ["like [[0, 0, 0], [0, 0, 0]], target like [0, 0, 0]"]),
-        ('{"history": [[0, 0, 0]]}', ["Semantic ID None", "target like [0, 0, 0]"]),
+        ('{"history": [[0, 0, 0]]}', ["target: got {'history': [[0, 0, 0]]}", "target like [0, 0, 0]"]),
         ('{"histroy": [[0, 0, 0]], "target": [0, 0, 1]}', ["{'histroy'", "expected history like"]),
         ('{"history": [0, 0, 0], "target": [0, 0, 1]}', ["Semantic ID 0 is", "history like [[0, 0, 0], [0, 0, 0]]"]),
         ('{"history": [[0, 0, 0]], "target": 5}', ["Semantic ID 5 is not", "target like [0, 0, 0]"]),

@@ -113,14 +113,32 @@ def test_an_error_that_cannot_be_said_still_ends_in_exit_code_2(tmp_path, end):
     assert done.returncode == 2 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [["-O"], ["-OO"], ["-I"], ["-W", "error", "-X", "dev"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["-O"], ["-I"], ["-W", "error", "-X", "dev"]], ids=" ".join)
 def test_pythons_own_flags_change_nothing_about_help_and_refusals(tmp_path, flags):
-    """-OO takes the docstrings away, from which the help is made."""
     command = [sys.executable, *flags, nano.__file__]
     helped = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert helped.returncode == 0 and "--group-size" in helped.stdout and helped.stderr == ""
     done = subprocess.run([*command, "--toy", "--group-size", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--group-size" in done.stderr
+
+
+def test_without_docstrings_which_transformers_needs_it_says_so_before_anything_is_done(tmp_path):
+    command = [sys.executable, "-OO", nano.__file__, "--toy", "--sft-steps", "1", "--rl-steps", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "python -OO" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [None, 1.5, ["a"]], ids=str)
+def test_arguments_of_main_may_be_paths_and_numbers_and_what_is_neither_is_refused(tmp_path, capsys, wrong):
+    missing = tmp_path / "nowhere"
+    for given, said in ((["--data", missing, "--seed", 1], f"{missing}: holds neither"),
+                        (["--toy", "--seed", wrong], "--seed")):
+        with pytest.raises(SystemExit) as end:
+            nano.main(given)
+        assert end.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert said in line
 
 
 def test_it_runs_where_standard_output_was_replaced_as_in_a_notebook(tmp_path):

@@ -241,10 +241,11 @@ def test_a_file_of_the_other_layout_is_not_passed_over_in_silence(folder, capsys
     layout(folder / "shop")
     (folder / "shop" / "log.csv").unlink(missing_ok=True)
     source, ending = ("index.json", "csv") if (folder / "shop" / "index.json").exists() else ("catalogue.json", "jsonl")
-    other = {"csv": "jsonl", "jsonl": "csv"}[ending]
-    (folder / "shop" / f"{name}.{other}").write_text("")
-    line = refused(capsys, run)
-    assert line.startswith(f"nanoadagrpo: shop/{name}.{other}: {source} goes with .{ending} files; convert this one")
+    for other in {"csv", "jsonl", "json", "csv.gz", "jsonl.gz"} - {ending}:
+        (folder / "shop" / f"{name}.{other}").write_text("")
+        line = refused(capsys, run)
+        assert line.startswith(f"nanoadagrpo: shop/{name}.{other}: {source} goes with .{ending} files; convert this")
+        (folder / "shop" / f"{name}.{other}").unlink()
 
 
 @both

@@ -125,7 +125,7 @@ def test_a_reward_is_asked_about_two_rows_before_the_supervised_steps(mine, monk
         began.extend(sys.modules["mine"].asked), train_sft(*given, **options)))
     run("--reward", "mine:score", "--out", "here")
     influence = (3, 12 + 1 + 1)  # of the base policy: its beams, the truth and a negative
-    assert began == [(2, 2)] and sys.modules["mine"].asked == [(2, 2), influence, *[(4, 6 + 1 + 1)] * 2]
+    assert began == [(2, 3)] and sys.modules["mine"].asked == [(2, 3), influence, *[(4, 6 + 1 + 1)] * 2]
 
 
 @pytest.mark.parametrize("options", [["--method", "nll"], ["--rl-steps", "0"]], ids=" ".join)
@@ -245,8 +245,9 @@ FAULTS = {
     "a message that fails": ("class Odd(Exception):\n    def __str__(self):\n        raise KeyError('no')\n"
                              "def score(history, item):\n    raise Odd\n", ["Odd", "line 6"]),
     "a message of two lines": ("def score(history, item):\n    raise ValueError('one\\ntwo')\n", ["one", "line 3"]),
-    "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 2)"]),
-    "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(2,)] instead of (2, 2)"]),
+    "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 3)"]),
+    "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(3,)] instead of (2, 3)"]),
+    "a shape of columns": ("def score(history, item):\n    return item.T * 1.0\n", ["[(3, 2)] instead of (2, 3)"]),
     "one score for each prompt": ("def score(history, item):\n    return history[:, -1:] * 1.0\n", ["(2, 1)"]),
     "a table that does not know -1": (
         "price = {i: .1 for i in range(999)}\ndef score(history, item):\n"

@@ -719,6 +719,20 @@ def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monk
     assert made(shop / "here") == made(shop / "whole")
 
 
+@pytest.mark.parametrize("flags, kept", [
+    (["--lr", "1e38"], "sft"), (["--lr", "1e25"], "sft"), (["--sft-lr", "1e38"], None)], ids=str)
+def test_weights_that_have_run_away_are_not_saved_and_the_checkpoint_before_them_stays(shop, capsys, flags, kept):
+    line = refused(capsys, lambda: begin("here", *flags, "--save-every", "1", "--eval-every", "9", "--updates", "1"))
+    assert "the weights have run away, beyond float32; lower the learning rate; the run so far: --resume here" in line
+    left = list((shop / "here").glob("checkpoint*"))
+    assert len(left) == (kept is not None)
+    for path in left:
+        found = load_file(path)
+        assert all(x.isfinite().all() for x in found.values() if x.is_floating_point())
+        state = json.loads(found["state"].numpy().tobytes())
+        assert state["rows"][-1]["phase"] == kept
+
+
 def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys):
     """The tokenizers library raises no OSError."""
     error = Exception("No space left on device (os error 28)")
