@@ -158,7 +158,7 @@ class PromptCache(NamedTuple):
 
     def rows(self, index):
         kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
-        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])  # to go on from: no target_logp
+        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])  # all that the tree needs
 
 
 class Policy:
@@ -183,7 +183,7 @@ class Policy:
         """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
 
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
-        is not 0; and the KV cache, longer by n.
+        is not 0; and the KV cache, longer by n. Positions count what is seen: siblings of a tree share one.
         """
         positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # how many others a token sees; padding: 0
         # Added to the attention scores. Not -inf: padding sees nothing, and a softmax of -inf alone is NaN.
@@ -209,10 +209,10 @@ def prefill(policy, history, target=None):
     tokens = F.pad(tokens.flatten(1), (0, 1), value=policy.query)  # (B, H * L + 1), -1 at padding
     if policy.start is not None:  # left of the padding, which the mask hides
         tokens = F.pad(tokens, (1, 0), value=policy.start)
-    T, keep = tokens.shape[1], 1  # the last `keep` tokens are asked what comes next: here <next> alone
-    if target is not None:
-        truth, keep = policy.catalogue.tokens[target], policy.catalogue.L  # <next>, and all but the last
-        tokens = torch.cat([tokens, truth[:, :-1]], 1)  # which is not run: nothing comes after it
+    T, keep = tokens.shape[1], 1  # `keep`: how many tokens, counted from the end, predict; here <next> alone
+    if target is not None:  # L tokens predict the truth: <next>, and the truth's own but for the last
+        truth, keep = policy.catalogue.tokens[target], policy.catalogue.L
+        tokens = torch.cat([tokens, truth[:, :-1]], 1)
     mask = tokens >= 0
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
     next_logp, kv_cache = policy.forward(tokens.clamp(min=0), mask[:, None] & causal, keep=keep)
@@ -231,7 +231,8 @@ def prefill(policy, history, target=None):
 
 def unbranched(prefix, n):
     """Parents (B, n) of n samples: all begin at branch 0, the prompt; from then on sample j continues j."""
-    return torch.arange(n, device=prefix.device).clamp(max=prefix.shape[1] - 1).expand(len(prefix), n)
+    B, m, _ = prefix.shape  # m is 1 at level 0, and then n
+    return torch.arange(n, device=prefix.device).clamp(max=m - 1).expand(B, n)
 
 
 def sample(uniform):
@@ -242,10 +243,10 @@ def sample(uniform):
     """
 
     def select(prefix, next_logp, branch_logp):
-        B, m, level = prefix.shape
+        B, m, level = prefix.shape  # m is 1 at level 0, and then n
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
-        u = uniform[level].view(B, m, -1)  # all n for the prompt (B, 1, n), later one per branch (B, n, 1)
-        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # rounding may give V, no token
+        u = uniform[level].view(B, m, -1)  # (B, 1, n) at level 0, and then (B, n, 1): one per branch
+        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # as u; rounding may give V, no token
         return unbranched(prefix, uniform.shape[-1]), token.clamp(max=cdf.shape[-1] - 1).flatten(1)
 
     return select
@@ -294,32 +295,32 @@ def tree_decode(policy, cache, select):
 
 
 def sequence_logp(policy, cache, tokens):
-    """Log-probabilities (B, n, L) of known Semantic IDs, with gradient. As all tokens are known, one pass
-    runs all levels, as one sequence of n * (L - 1) tokens."""
+    """Log-probabilities (B, n, L) of known Semantic IDs, with gradient. One pass runs them as one sequence of
+    n blocks of L - 1 tokens; a token sees the prompt, and of its own block what is before it and itself."""
     B, n, L = tokens.shape
-    first = cache.next_logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1)
+    first = cache.next_logp[:, 0].gather(1, tokens[..., 0])[..., None]  # (B, n, 1), from the prompt
     if L == 1:
         return first
     depth = L - 1  # tokens that are run: nothing comes after the last
-    causal = cache.mask.new_ones(depth, depth).tril()  # a token sees those before it and itself
-    ancestors = torch.block_diag(*[causal] * n).expand(B, -1, -1)  # none sees another's
-    mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), ancestors], -1)
+    causal = cache.mask.new_ones(depth, depth).tril()  # the mask within a block
+    blocks = torch.block_diag(*[causal] * n).expand(B, -1, -1)  # (B, n * depth, n * depth)
+    mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), blocks], -1)  # prompt and blocks
     next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), mask, cache.kv_cache)
     others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:, None])[..., 0]
     return torch.cat([first, others], -1)
 
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
-# Every process has the whole batch, draws all its random numbers, and runs its own slices. Helpers from
-# later parts, to be looked up when they are met:
+# Every process knows the whole batch and draws all random numbers for it, but runs only its own slices.
+# Helpers from later parts, to be looked up when they are met:
+#   make_generator(...)       random numbers by seed and purpose; batches(...) draws the prompts of all steps
 #   batch.rows(part)          some rows of batch.history (B, H) and of batch.target (B,), the true items
 #   local_micro_batches(...)  `parts`, the slices of the batch that this process runs; often only one
-#   all_gather(pieces)        the rows of all slices and processes, joined
-#   sum_gradients(model)      gradients, added up over processes
+#   all_gather(pieces)        the rows of all slices and processes, joined; sum_gradients(...) adds up theirs
 #   diagnostics(...)          shares and means, to log alone
 #   constrained(select, ...)  lets `select` choose only items, if --constrained
 #   reward_of(...)            reward_fn's scores (B, n) of the whole batch; means of its named terms, to log
-#   Optimizer.step(...)       clips, moves the weights; stops the run if what it is given is not finite
+#   Optimizer.step(...)       clips, moves the weights, clears gradients; stops the run at what is not finite
 
 
 class Method(NamedTuple):
@@ -344,7 +345,7 @@ METHODS = {
 }
 
 
-@torch.no_grad()  # only the admitted, often a tenth, need gradients: `learn` runs their rollouts again
+@torch.no_grad()  # samples need no graph: `learn` runs those of the admitted, often a tenth, again with it
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
@@ -354,21 +355,21 @@ def rollout(policy, batch, parts, K, generator):
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, keep_graph = [], len(parts) == 1
+    pieces, keep_graph = [], len(parts) == 1  # with one part, the last `cache` is the only one
     for part in parts:
-        with torch.set_grad_enabled(keep_graph):
+        with torch.set_grad_enabled(keep_graph):  # prompts and truths: `learn` needs their graph in any case
             cache = prefill(policy, batch.history[part], batch.target[part])
         select = constrained(sample(uniform[:, part]), policy.constraint)
-        pieces.append((*tree_decode(policy, cache, select), cache.target_logp))
-    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))
+        pieces.append((*tree_decode(policy, cache, select), cache.target_logp))  # three tensors per part
+    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))  # the same three, all parts joined
     return tokens, logp, target_logp, (cache if keep_graph else None)
 
 
 def draw_negatives(items, prompt_rows, M, generator):
-    """For each prompt, of row prompt_rows (B,), M random rollouts of the others: items (B, K) -> (B, M)."""
+    """For each prompt M random rollouts of others: (B, K) -> (B, M). Copies share their prompt_rows (B,)."""
     B, K = items.shape
-    keys = torch.rand(B, B * K, generator=generator, device=items.device)  # the M smallest of each row win
-    # The core leaves out a prompt's own rollouts. If the batch has it twice, + 1 puts those of its copy last.
+    keys = torch.rand(B, B * K, generator=generator, device=items.device)  # (prompts, rollouts of all)
+    # A prompt gets the M rollouts of smallest key, none of its own K. + 1: those of its copies come last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
@@ -376,13 +377,13 @@ def draw_negatives(items, prompt_rows, M, generator):
 def learn(policy, batch, judged, cache, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `judged` (empty without rollouts) is who is admitted (b,), tokens and log-probabilities (b, K, L) of the
-    rollouts, and their advantages (b, K). `cache` is the prompts' from `rollout`, or None.
+    `judged` is empty without rollouts, else [admitted (b,), tokens and old log-probabilities (b, K, L),
+    advantages (b, K)]. `cache` is the prompts', from `rollout`; None: they are run here.
     """
     cache = cache or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(cache.target_logp)  # (b,), eq. 2: minus the mean over the L tokens
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
-    rows = judged[0].nonzero()[:, 0] if judged else ()
+    rows = judged[0].nonzero()[:, 0] if judged else ()  # the admitted
     if len(rows):
         tokens, old_logp, advantages = (x[rows] for x in judged[1:])
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
@@ -401,21 +402,21 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
     log(**row) is called once per step, then on_step(step, optimizer, generators, name): to evaluate, to save.
     restore(optimizer, generators, name) loads the state of a stopped run and returns the step to start at.
     """
-    method, B, K = METHODS["nll" if name == "sft" else name], cfg.batch_size, cfg.group_size
+    method, shuffle = (METHODS["nll"], "sft") if name == "sft" else (METHODS[name], "order")
+    B, K = cfg.batch_size, cfg.group_size
     peak_lr = cfg.lr if method.supervised else cfg.grpo_lr
     optimizer = Optimizer(policy.model, peak_lr, cfg.rl_steps * cfg.updates)
     purposes = "rollouts", "negatives", "random gate"
     generators = {purpose: make_generator(cfg.seed, purpose, cfg.device) for purpose in purposes}
-    # Every method sees the same prompts in the same order, which depends on the seed alone; sft has its own.
-    shuffle = make_generator(cfg.seed, "sft" if name == "sft" else "order")
-    order = batches(len(prompts.target), B, cfg.rl_steps, shuffle).to(cfg.device)  # (steps, B)
+    # (steps, B) rows of `prompts`, by the seed alone: every method sees the same ones; sft has its own order.
+    order = batches(len(prompts.target), B, cfg.rl_steps, make_generator(cfg.seed, shuffle)).to(cfg.device)
     parts = local_micro_batches(B, cfg.micro_batch_size)
     first_step = restore(optimizer, generators, name)
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
         cache, judged = None, ()  # without rollouts
-        stats, checked = {}, {}  # what is logged; what is not, but has to be finite as well
+        stats, checked = {}, {}  # `stats` are logged; both have to be finite, or the run stops
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
             generator = generators["rollouts"]
