@@ -1719,7 +1719,7 @@ def check_settings(cfg):
         core.grpo_loss(*np.zeros((2, 1, 1, 1)), np.zeros((1, 1)), epsilon=cfg.epsilon)
         if M > (B - 1) * K:
             raise ValueError(f"other prompts have at most (B-1)*K = {(B - 1) * K} rollouts; "
-                             + "lower --negatives, or " * (B > 1) + "raise --batch-size")
+                             "lower --negatives, or raise --batch-size to 2 or more")
 
 
 class Parser(argparse.ArgumentParser):
