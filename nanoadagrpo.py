@@ -377,15 +377,14 @@ def draw_negatives(items, prompt_rows, M, generator):
 def learn(policy, batch, judged, cache, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `judged` is empty without rollouts, else [admitted (b,), tokens and old log-probabilities (b, K, L),
-    advantages (b, K)]. `cache` is the prompts', from `rollout`; None: they are run here.
+    `judged` is empty if nobody is admitted, else rows (A,) of the admitted in the micro-batch, tokens and old
+    log-probabilities (A, K, L), advantages (A, K). `cache` is the prompts', from `rollout`; None: run here.
     """
     cache = cache or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(cache.target_logp)  # (b,), eq. 2: minus the mean over the L tokens
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
-    rows = judged[0].nonzero()[:, 0] if judged else ()  # the admitted
-    if len(rows):
-        tokens, old_logp, advantages = (x[rows] for x in judged[1:])
+    if judged:
+        rows, tokens, old_logp, advantages = judged
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
         logp = sequence_logp(policy, cache, tokens)
         # Eq. 4: PPO's clipped loss, the mean over K rollouts and L tokens; no KL term.
@@ -415,7 +414,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
-        cache, judged = None, ()  # without rollouts
+        cache, judged = None, [()] * len(parts)  # without rollouts
         stats, checked = {}, {}  # `stats` are logged; both have to be finite, or the run stops
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -443,12 +442,15 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
             advantages = core.group_advantages(rewards)  # (B, K), eq. 3: (r - mean) / std of the K
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
-            judged = admitted, rollouts, old_logp, advantages
+            for i, part in enumerate(parts):
+                rows = admitted[part].nonzero()[:, 0]  # counted within the micro-batch
+                if len(rows):
+                    judged[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
 
         # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
         for _ in range(cfg.updates):
-            terms = [learn(policy, batch.rows(part), [x[part] for x in judged], cache, method, cfg)
-                     for part in parts]
+            terms = [learn(policy, batch.rows(part), each, cache, method, cfg)
+                     for part, each in zip(parts, judged, strict=True)]
             cache = None  # backward has freed its graph: a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
@@ -1066,7 +1068,7 @@ def pretrained_policy(catalogue, cfg):
     torch.manual_seed(cfg.seed)  # some families draw at random what their file does not hold
     what = f"--model {cfg.model}" + ", no folder here" * (not os.path.isdir(cfg.model))
     remedy = ("expected a decoder-only model of plain attention (config.json, safetensors): hub name or "
-              "folder, such as RUN/policy")
+              "folder, such as RUN/policy or RUN/policy/METHOD")
     files, known = " ".join(path.name for path in Path(cfg.model).glob("*")), {}  # word -> its row
     with in_one_line(what, remedy):
         if "adapter_config.json" in files:
@@ -1408,7 +1410,8 @@ class Checkpoints:
 
     def save(self, policy, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
-        if not all(x.norm().isfinite() for x in policy.model.parameters()):  # the one before shall stay
+        norms = torch.stack([x.norm() for x in policy.model.parameters()])
+        if not norms.isfinite().all():  # the checkpoint before shall stay
             raise UserError("the weights have run away, beyond float32; lower the learning rate")
 
         def number(tensor):

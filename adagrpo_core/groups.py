@@ -162,9 +162,10 @@ def group_by(index, /) -> GroupOrder:
     """
     xp = namespace({"index": index})
     check_shape(xp, "index", index, "N", {}, kind=None)
-    if getattr(index.dtype, "kind", None) not in STRINGS_OR_OBJECTS and not xp.isdtype(index.dtype, "integral"):
+    kind = getattr(index.dtype, "kind", None)  # NumPy's, one letter
+    if kind not in STRINGS_OR_OBJECTS and not xp.isdtype(index.dtype, "integral"):
         raise ValueError(f"index: expected integers, or strings in NumPy, got {index.dtype}; number the groups")
-    if getattr(index.dtype, "kind", "") == "O" and (index != index).any():  # NaN equals nothing, not even itself
+    if kind == "O" and (index != index).any():  # NaN equals nothing, not even itself
         raise ValueError("index: expected ids, got NaN; give each group one, or drop the rows that have none")
     try:
         (ids, sizes), by_id = xp.unique_counts(index), xp.argsort(index, stable=True)

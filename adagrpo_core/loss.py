@@ -320,7 +320,7 @@ def adagrpo_loss(
     tol : float
         In nats per token: a rollout ranks above the truth by likelihood only if its mean is more than ``tol`` above
         the truth's. Copies of the truth that were scored in another pass differ from it by rounding: 1e-4 covers
-        float32. It is added in float32 or wider. With one, no copy ties with the truth, so ``ties`` concerns rewards.
+        float32. It is added in float32 or wider. With one, likelihoods are ranked by "min": ``ties`` concerns rewards.
     eps, correction
         See :func:`group_advantages`.
 
@@ -376,7 +376,6 @@ def adagrpo_loss(
     lam = as_number("lam", lam, traced_too=True)
     check_finite(xp, "lam", lam, target_token_logp)
     check_finite(xp, "lam", lam, token_logp)
-
     tol = check_positive("tol", tol, zero_too=True)
     check_finite(xp, "tol", tol, target_token_logp)
 
@@ -386,7 +385,8 @@ def adagrpo_loss(
     check_shape(xp, "target_old_logp", truth, "B L*" if per_token else "B", sizes)
     truth, rollouts = _likelihoods(xp, truth, old_token_logp, target_mask, mask)
     pools = (truth + tol, rollouts), (target_reward, rewards, negative_rewards)
-    difficult = difficulty(*pools[0], tau=tau, ties=ties)
+    by_policy = "min" if tol else ties  # what is within tol shall not beat the truth, at equal sums neither
+    difficult = difficulty(*pools[0], tau=tau, ties=by_policy)
     reliable = reliability(*pools[1], tau=tau, rho=rho, ties=ties)
     clip = sample_clip(difficult, reliable)
 
@@ -400,7 +400,7 @@ def adagrpo_loss(
         clip,
         difficult,
         reliable,
-        policy_rank(*pools[0], ties=ties),
+        policy_rank(*pools[0], ties=by_policy),
         *reward_ranks(*pools[1], ties=ties),
     )
 

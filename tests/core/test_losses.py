@@ -301,6 +301,10 @@ def test_a_rollout_beats_the_truth_only_by_more_than_tol_in_any_dtype(form, back
     target, rollouts = to(target, dtypes[one]), to(rollouts, dtypes[one])
     old = {"per token": target, "mean": length_normalized(target), "none": None}[form]
     apart = 0.03125 / 4  # per token
+    for ties in ("max", "average"):  # exactly tol apart, and a tol that rounding takes away: no copy beats the truth
+        for new, tol in ((rollouts, apart), (to(make(np.full((2, 8, 4), -5.0, np.float32)), dtypes[one]), 1e-30)):
+            out = adagrpo_loss(target, new, new, *rewards, target_old_logp=old, tol=tol, ties=ties)
+            assert out.policy_rank.tolist() == [1, 1] and not any(out.difficult.tolist())
     for tol, rank in ((0.0, 9), (apart / 2, 9), (apart, 1), (2 * apart, 1)):
         out = adagrpo_loss(target, rollouts, rollouts, *rewards, target_old_logp=old, tol=tol)
         assert out.policy_rank.tolist() == [rank, rank] and out.difficult.tolist() == [rank > 2] * 2, tol

@@ -272,7 +272,7 @@ def prefills(monkeypatch):
 
 def allowed(prefills, gates=0, steps=0, lines=0, **more):
     """How often the host may wait, by the function of the script."""
-    times = dict(prefill=len(prefills), learn=gates, step=steps, __call__=lines, **more)
+    times = dict(prefill=len(prefills), train_rl=gates, step=steps, __call__=lines, **more)
     return collections.Counter(times)
 
 
@@ -291,7 +291,7 @@ def test_a_step_waits_for_the_gpu_once_per_prefill_at_the_gate_for_the_norm_and_
         notes.waits.clear(), notes.uploads.clear(), prefills.clear()
         nano.train_rl(policy, nano.make_reward(ranker, cfg), shop.rl, cfg, method, log)
         parts = len(nano.local_micro_batches(8, cfg.micro_batch_size))
-        gates = 0 if method == "nll" else 3 * parts * cfg.updates
+        gates = 0 if method == "nll" else 3 * parts
         assert waited(notes) <= allowed(prefills, gates, 3 * cfg.updates, 3), notes.waits
         uploads = collections.Counter(where for where, _ in notes.uploads)
         assert uploads <= collections.Counter(train_rl=1), "the order"
@@ -368,7 +368,7 @@ def test_a_tensor_left_on_the_cpu_is_found(monkeypatch):
     monkeypatch.setattr(nano.core, "group_advantages", lambda rewards: torch.as_tensor(advantages(rewards)).cpu())
     with pretended() as notes, pytest.raises(RuntimeError, match="same device"):
         three_steps(notes)
-    assert [where for where, _ in notes.mixed] == ["learn"]
+    assert [where for where, _ in notes.mixed] == ["train_rl"]
 
 
 def test_a_generator_of_the_cpu_is_found(monkeypatch):

@@ -244,7 +244,8 @@ def test_a_file_of_the_other_layout_is_not_passed_over_in_silence(folder, capsys
     for other in {"csv", "jsonl", "json", "csv.gz", "jsonl.gz"} - {ending}:
         (folder / "shop" / f"{name}.{other}").write_text("")
         line = refused(capsys, run)
-        assert line.startswith(f"nanoadagrpo: shop/{name}.{other}: {source} goes with .{ending} files; convert this")
+        said = f"shop/{name}.{other}: {source} goes with .{ending} files; convert this one"
+        assert line.startswith(f"nanoadagrpo: {said}")
         (folder / "shop" / f"{name}.{other}").unlink()
 
 
