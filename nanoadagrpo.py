@@ -43,7 +43,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import itertools
 import json
@@ -52,7 +52,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -134,7 +133,6 @@ class Settings:
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
     resume: str = option("", "folder of a run that was stopped: go on from its last checkpoint")
     save_every: int = option(100, "steps between two checkpoints; 0 makes none")
-    log_to: str = option("", "tracker beside metrics.jsonl; '' for none", choices="tensorboard wandb trackio")
     device: str = option("auto", "cpu, cuda, cuda:1 ..., or auto: a GPU where there is one")
     dtype: str = option("auto", "auto: bfloat16 for --model on a GPU", choices="auto float32 bfloat16")
 
@@ -653,7 +651,7 @@ def subset(prompts, n, seed, purpose):
 def read_catalogue(path):
     """The distinct Semantic IDs, in their order; items that share one cannot be told apart."""
     with in_one_line(f"{path}: not valid JSON", "it has to be in UTF-8, and to hold item -> list of tokens"):
-        entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     sids, like = {}, ("<a_12>", "<b_3>")  # so that a cell of CSV can hold several
     entries = dict(enumerate(entries)) if isinstance(entries, list) else entries
     for name, sid in entries.items() if isinstance(entries, dict) else ():
@@ -669,14 +667,6 @@ def read_catalogue(path):
     if not sids:
         raise UserError(f"{path}: holds no items; expected item -> list of tokens")
     return list(sids)
-
-
-def once(pairs):
-    """An object of JSON, none of whose keys may be there twice: json would keep the last one silently."""
-    if len(found := dict(pairs)) < len(pairs):
-        twice = next(x for x, y in itertools.pairwise(sorted(name for name, _ in pairs)) if x == y)
-        raise UserError(f"the key {twice!r:.60} is there twice")
-    return found
 
 
 def read_rows(path, catalogue, source, cfg):
@@ -700,18 +690,17 @@ def read_rows(path, catalogue, source, cfg):
         if column == "order" and x is None:
             return None
         if is_csv and column != target:  # a Python list: parsed as such, never evaluated
-            joined = re.search(r"['\"]\s+['\"]", x)  # NumPy prints no commas, Python would join words
-            x = None if joined else ast.literal_eval(x)
+            x = ast.literal_eval(x)
         x = [x] if column == target and x is not None else x
         if not isinstance(x, list) or not (x or (is_log and column == history)):
             raise TypeError
         number = flags if column in ("click", "order") else items
         read = [number.get(repr(y)) for y in x]
-        if None in read and number is flags:
-            raise UserError(f"{column} {x!r:.40} holds more than 0 and 1")
-        if None in read:
+        if None in read and number is items:
             raise UserError(f"{column}: Semantic ID {x[read.index(None)]!r:.60} is not in {source}, where "
                             f"all are like {sid!r:.60}, {catalogue.L} tokens, numbers or text")
+        if None in read:
+            raise TypeError
         return read[-cfg.max_history :] if column == history else read
 
     rows = text.split("\n") if text else []  # splitlines() would split at U+2028 too
@@ -725,13 +714,7 @@ def read_rows(path, catalogue, source, cfg):
                 raise UserError(f"one column for each is needed, there are {header!r:.120}")
         for row in rows:
             column, cell, x = "the row", row, {}
-            row = row if is_csv else json.loads(row, object_pairs_hook=once)
-            if is_csv and None in row:
-                raise UserError("more cells than the header has")
-            unread = row.keys() - like.keys()  # or it is no object
-            for name in sorted(unread) if is_log else ():
-                if re.fullmatch(r"[\W_]*order(s|ed)?[\W_]*", name, re.I):
-                    raise UserError(f"{name!r:.40} is not read; call it order, or leave it out")
+            row = row if is_csv else json.loads(row)
             for column in like:
                 cell = row.get(column, row)
                 x[column] = parse(column, row.get(column))
@@ -930,51 +913,31 @@ def make_reward(ranker, cfg):
 
 
 @torch.no_grad()  # if it turns gradients off, that ends here
-def own_reward(cfg, names, history, item):
+def own_reward(cfg, history, item):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up.
 
-    Whatever goes wrong in the user's code is said in one line, with the place in their file. `names` of the
-    first call have to stay: every process gathers them, and in one order.
+    Whatever goes wrong in the user's code is said in one line, with the place in their file.
     """
-    sys.path.append(here := os.getcwd())  # modules in the current folder are found too
+    def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
+        return torch.as_tensor(x if torch.is_tensor(x) else np.array(x, float), dtype=torch.float64,
+                               device=item.device)
+
     try:
         module, _, name = cfg.reward.partition(":")
         function = getattr(importlib.import_module(module), name)
-        parts = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
-        if (torch.get_default_dtype(), torch.get_default_device().type) != (torch.float32, "cpu"):
-            torch.set_default_dtype(torch.float32), torch.set_default_device(None)
-            raise ValueError("it changes torch's default dtype or device; name them where tensors are made")
-        names[:] = names or sorted(parts)
-        if names != sorted(parts):
-            raise ValueError(f"parts {sorted(parts)} instead of {names}")
-
-        def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
-            if np.ma.isMaskedArray(x) or "complex" in str(getattr(x, "dtype", "")):
-                raise ValueError("a masked array or complex numbers, which torch would read otherwise")
-            if isinstance(x, list | tuple) and any(hasattr(row, "shape") for row in x):
-                return torch.stack([*map(numbers, x)])  # torch takes no list of tensors
-            x = x.copy() if isinstance(x, np.ndarray) else x  # it may be read-only
-            getattr(x, "close", bool)()  # or Python would say that nobody awaited a coroutine
-            return torch.as_tensor(x, dtype=torch.float64, device=item.device)
-
-        parts = {key: numbers(parts[key]) for key in names}
+        found = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
+        parts = {key: numbers(found[key]) for key in sorted(found)}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
         if not all(x[item >= 0].float().isfinite().all() for x in (*parts.values(), sum(parts.values()))):
             raise ValueError("a score is not finite, or beyond float32")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit() and a cancelled task too
+    except (Exception, SystemExit) as error:
         place = [f" in {x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)
                  if x.filename != __file__ and "importlib" not in x.filename]
         what = type(error).__name__ + "".join(place[:1])
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected package.module:"
                         "function, found from here, that gives each item a number (docs/models.md)") from None
-    finally:
-        with contextlib.suppress(ValueError, OSError):
-            os.chdir(here)
-            sys.path.remove(here)
 
 
 def named(scores):
@@ -1071,13 +1034,11 @@ def pretrained_policy(catalogue, cfg):
               "folder, such as RUN/policy or RUN/policy/METHOD")
     files, known = " ".join(path.name for path in Path(cfg.model).glob("*")), {}  # word -> its row
     with in_one_line(what, remedy):
-        if "adapter_config.json" in files:
+        if "adapter_config.json" in files:  # transformers might leave it out
             raise ValueError("it holds an adapter; merge that into the model, and save it")
         config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
         what += f", a {config.model_type}"
     with in_one_line(what, remedy):
-        if config._attn_implementation not in (None, "sdpa", "eager"):
-            raise ValueError(f"config.json asks for {config._attn_implementation}; say sdpa, to have masks")
         T = (cfg.max_history + 1) * catalogue.L + 1  # of start, history, query and L - 1 tokens
         context = getattr(config, "max_position_embeddings", None) or T
         if 0 < context < T:
@@ -1132,7 +1093,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     for table, rows in true.items():
         rows[[*old]] = table[[*old.values()]]
 
-    config, state = copy.deepcopy(model.config), model.state_dict(keep_vars=True)
+    config, state = AutoConfig.for_model(**model.config.to_dict()), model.state_dict(keep_vars=True)
     config.get_text_config().vocab_size = V
     for part in (config, config.get_text_config()):  # outputs would forbid saving, or change the mask
         part.tie_word_embeddings = sum(x.dim() > 1 for x in tables) == 1  # as it is, whatever was said
@@ -1300,18 +1261,7 @@ class Optimizer:
 
 # -- what a run writes ---------------------------------------------------------------------------------------
 
-TRACKER = "--log-to", "mend that, or go on without it: --resume RUN --log-to ''"
-FREE = dict(data="", device="", resume="", save_every=0, log_to="")  # what a resumed run may change
-
-
-def make_tracker(out, cfg):
-    """What is told (numbers, step) of each row."""
-    if cfg.log_to == "tensorboard":
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
-        return lambda numbers, step: [writer.add_scalar(key, x, step) for key, x in numbers.items()]
-    library = importlib.import_module(cfg.log_to)
-    library.init(project="nanoadagrpo", name=out.resolve().name, config=dataclasses.asdict(cfg))
-    return lambda numbers, step: library.log(numbers)  # they count rows; our step is one of the numbers
+FREE = dict(data="", device="", resume="", save_every=0)  # what a resumed run may change
 
 
 class MetricsLog:
@@ -1321,8 +1271,6 @@ class MetricsLog:
         self.path = out / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
         self.rows, self.device, self.last = rows, cfg.device, time.perf_counter()
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with in_one_line(*TRACKER):
-            self.track = make_tracker(out, cfg) if rank() == 0 and cfg.log_to else None
 
     def __call__(self, **row):
         # All the numbers of a step cross from the GPU at once, after its work has been queued.
@@ -1336,10 +1284,6 @@ class MetricsLog:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        if self.track:
-            name = "/".join(row[key] for key in ("phase", "method") if key in row)
-            with in_one_line(*TRACKER):
-                self.track({f"{name}/{k}": x for k, x in row.items() if not isinstance(x, str)}, row["step"])
 
 
 def weights(module):
@@ -1349,7 +1293,7 @@ def weights(module):
 
 
 def origin_of(cfg, data):
-    """What a resumed run has to have in common with the one that was stopped, and all processes of a run."""
+    """What a resumed run has to have in common with the one that was stopped."""
     digest = hashlib.sha256(repr(list(data.catalogue.row)).encode())
     for x in (*data.sft, *data.rl, *data.valid, *data.test, *data.log, *(data.holdout or ())):
         digest.update(b"" if x is None else x.cpu().numpy().tobytes())
@@ -1378,17 +1322,11 @@ class Checkpoints:
                     tensors[x["<tensor>"]] if "<tensor>" in x else x))
                 self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
                 self.phase, self.step = last.get("method", "sft"), last["step"]  # it was saved after this row
-                if self.phase not in ("sft", *methods(cfg)) or self.step < 1:
-                    raise ValueError("its last row cannot be used")
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 config = AutoConfig.for_model(**self.state["model"])
                 model = AutoModelForCausalLM.from_config(config)
-                kept = filter(None, (self.base, self.best.get("weights")))  # {} if there are none yet
-                for found in (*kept, self.state["policy"]):
-                    if found.keys() != weights(model).keys():
-                        raise ValueError("its weights are of another model")
-                    model.load_state_dict(found, strict=False)  # tied ones are there once
+                model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
 
@@ -1400,13 +1338,12 @@ class Checkpoints:
         if phase != self.phase:
             return 0
         state, self.state = self.state, {}
-        with in_one_line(self.files()[-1], "mend that, or begin a new run"):
-            for use, generator in generators.items():
-                generator.set_state(state["generators"][use].cpu())
-            memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
-            optimizer.adamw.load_state_dict(state["adamw"] | {"state": memory})
-            optimizer.schedule.load_state_dict(state["schedule"])
-            return self.step
+        for use, generator in generators.items():
+            generator.set_state(state["generators"][use].cpu())
+        memory = {int(i): x for i, x in state["adamw"]["state"].items()}  # JSON has text for keys
+        optimizer.adamw.load_state_dict(state["adamw"] | {"state": memory})
+        optimizer.schedule.load_state_dict(state["schedule"])
+        return self.step
 
     def save(self, policy, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
@@ -1419,12 +1356,8 @@ class Checkpoints:
             return {"<tensor>": str(len(tensors) - 1)}
 
         generators = {use: generator.get_state() for use, generator in generators.items()}
-        config = policy.model.config
-        parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
-        kinds = {kind: {name: getattr(part, f"_{kind}", None) for name, part in parts.items()}
-                 for kind in ("attn_implementation", "experts_implementation")}  # which to_dict leaves out
         state = dict(origin=self.origin, rows=self.rows, base=self.base, best=self.best,
-                     policy=weights(policy.model), model=config.to_dict() | kinds, generators=generators,
+                     policy=weights(policy.model), model=policy.model.config.to_dict(), generators=generators,
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1517,31 +1450,27 @@ def run(cfg):
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
-    reward, parts = None, []
+    reward = None
     if cfg.reward:  # is asked about two rows, so that its faults show before the supervised steps
-        reward = functools.partial(own_reward, cfg, parts)  # which notes the names of its parts
+        sys.path.append(os.getcwd())  # modules in the current folder are found too
+        reward = functools.partial(own_reward, cfg)
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 2), value=-1)  # an item, and twice no item
         reward(data.rl.history[:2], one_and_none)
-    begun = [x.name for x in Path(cfg.resume).glob("checkpoint-*.safetensors")] if cfg.resume else []
+    begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))
     # Before the folder is made: what is refused leaves none behind. A checkpoint holds the policy.
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
-    origin, start = origin_of(cfg, data), (sorted(begun), policy and policy.model.config.to_dict())
-    given = {"data or flags": origin, "parts of --reward": parts, "models or checkpoints": start}
-    for what, value in given.items():
-        value = torch.tensor([zlib.crc32(repr(value).encode())], device=cfg.device)
-        if len(all_gather([value]).unique()) > 1:  # two machines, perhaps
-            raise UserError(f"the processes have different {what}; give all of them the same")
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
-    with locked(out, rows):
+    with locked(out, rows, cfg):
         if cfg.resume:  # the process that had the lock may have ended the run meanwhile
             refuse_complete(out)
-        checkpoints = Checkpoints(out, cfg, data.catalogue, origin, rows)
+        checkpoints = Checkpoints(out, cfg, data.catalogue, origin_of(cfg, data), rows)
         policy = checkpoints.policy or policy
         broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
         print_main(f"{out}: {sizes}; {'goes on from its' if rows else 'no'} checkpoint")
         results, about = train_all(policy, reward, data, cfg, MetricsLog(out, cfg, rows), checkpoints)
-    print_main(f"\n{table(results, ON_SCREEN)}\n\n{about}\n{out}: policy, and a report with all columns "
+    titles = ON_SCREEN if cfg.beam_width >= 10 else COLUMNS
+    print_main(f"\n{table(results, titles)}\n\n{about}\n{out}: policy, and a report with all columns "
                "(their definitions: docs/metrics.md)")
     return results
 
@@ -1610,9 +1539,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             save_policy(policy, out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
-        killed = [x for x in out.rglob(".tmp??????") if x.name[4:].isalnum() and x.is_file()]
-        for path in (*checkpoints.files(), out / "checkpoint.partial", *killed):  # the run is complete
-            path.unlink(missing_ok=True)  # the latter are safetensors' own, of a run that was killed
+        for path in (*checkpoints.files(), out / "checkpoint.partial"):  # the run is complete
+            path.unlink(missing_ok=True)
     return results, about
 
 
@@ -1636,26 +1564,20 @@ def write_report(out, cfg, results, about, influence):
 
 
 def make_folder(cfg):
-    """A new folder with config.json in it: it appears whole or not at all, and never over anything."""
+    """A new folder with config.json in it, never one that exists already."""
     if rank() > 0:  # it says how to go on, and does not know the number that the first process finds
         return Path(cfg.out or "RUN")
     name = cfg.out or f"runs/{'toy' if cfg.toy else Path(cfg.data).resolve().name}-{cfg.method}-{cfg.seed}"
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
-        above = next((parent for parent in out.parents if os.path.lexists(parent)), out)  # "." has none
         try:
-            name.encode()  # what cannot be printed could not be reported either
-            if os.path.lexists(out):
-                raise FileExistsError("it exists already")
-            with tempfile.TemporaryDirectory(".partial", ".", os.path.realpath(above), True) as partial:
-                whole = Path(partial, out.name)
-                whole.mkdir()
-                (whole / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-                out.parent.mkdir(parents=True, exist_ok=True)  # only now: a refused run leaves no folder
-                return whole.rename(out)  # fails if another run has been faster
+            out.mkdir(parents=True)  # fails if another run has been faster
+            break
         except (OSError, ValueError) as error:
             if cfg.out or not os.path.lexists(out):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    return out
 
 
 def refuse_complete(out):
@@ -1664,10 +1586,11 @@ def refuse_complete(out):
 
 
 @contextlib.contextmanager
-def locked(out, rows):
+def locked(out, rows, cfg):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
-    again = f"--resume {shlex.quote(str(out))}"
     with open(out / "config.json" if rank() == 0 else os.devnull, "r+") as file:  # NFS locks for writing only
+        moved = rank() == 0 and json.load(file)["data"] != cfg.data
+        again = shlex.join(["--resume", str(out), *["--data", cfg.data] * moved])
         try:
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
                 fcntl = importlib.import_module("fcntl")
@@ -1731,8 +1654,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    if not __doc__:
-        raise UserError("python -OO takes docstrings away, which transformers needs; leave it out, or say -O")
     first, _, examples, *_ = __doc__.split("\n\n")
     parser = Parser("nanoadagrpo", "nanoadagrpo.py --toy | --data DIR [...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS,  # what is parsed are the flags that were given
@@ -1762,8 +1683,6 @@ def parse(argv):
     cfg = Settings(**saved | given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say --toy or --data DIR, one of the two and not both")
-    if cfg.log_to and importlib.util.find_spec(cfg.log_to) is None:
-        raise UserError(f"--log-to {cfg.log_to}: it is not installed; pip install {cfg.log_to}")
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and device.startswith("cuda"):  # torchrun, with one process too
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1773,9 +1692,6 @@ def parse(argv):
 
 
 def interrupt(number, frame):  # Ctrl-C or SIGTERM
-    if os.getpid() != interrupt.process:  # a child that a reward has forked ends as any other
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, lambda *_: None)
     interrupt.code = 128 + number  # to exit with; 0 while there was no signal
@@ -1784,16 +1700,14 @@ def interrupt(number, frame):  # Ctrl-C or SIGTERM
 
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
-    at_the_end, interrupt.code, interrupt.process = contextlib.ExitStack(), 0, os.getpid()
+    at_the_end, interrupt.code = contextlib.ExitStack(), 0
     at_the_end.callback(setattr, interrupt, "code", 0)  # who goes on in Python may train again
     try:
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
             if cfg.device.startswith("cuda"):
                 torch.cuda.set_device(cfg.device)
-            # Imported later, it would keep the group, whose threads would then outlive the destruction below:
-            # one in a hundred complete runs ended in SIGABRT.
-            importlib.import_module("torch.distributed.nn")
+            importlib.import_module("torch.distributed.nn")  # later, it would keep the group's threads alive
             with in_one_line("WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"):
                 dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo",
                                         timeout=datetime.timedelta(days=1))  # for the ranker of one of them
@@ -1803,7 +1717,7 @@ def main(argv=None):
                 at_the_end.callback(signal.signal, number, signal.signal(number, interrupt))
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        text, code, process = str(error), 2, os.environ.get("RANK", "0")
+        text, code = str(error), 2
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
@@ -1816,13 +1730,8 @@ def main(argv=None):
             text = "another process has stopped, and says why if it can; go on with --resume RUN"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
-        if process != "0" and code == 2:  # torchrun stops it meanwhile if the first process says the same
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-            text = f"process {process}: {text}"
         with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
-            if process == "0" or code == 2:
-                print(f"nanoadagrpo: {text}", file=sys.stderr)
+            print(f"nanoadagrpo: {text}", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
         at_the_end.close()

@@ -115,7 +115,7 @@ def test_the_prompts_of_the_method_are_in_rl_if_it_is_there_and_in_train_if_not(
 
 ROW = {"history": [[0, 0, 0]], "shown": [[0, 0, 1], [0, 1, 0]], "click": [1, 0], "order": [1, 0]}
 NAN, WITHOUT = float("nan"), object()
-UNEQUAL, VALUES, NO_CLICK = "are not equally long", "holds more than 0 and 1", "an order without a click"
+UNEQUAL, VALUES, NO_CLICK = "are not equally long", ": got ", "an order without a click"
 FAULTS = {
     "a click too few": (dict(click=[1]), UNEQUAL), "a click too many": (dict(click=[1, 0, 0]), UNEQUAL),
     "an order too few": (dict(order=[1]), UNEQUAL), "an order too many": (dict(order=[1, 0, 0]), UNEQUAL),
@@ -162,13 +162,13 @@ def test_a_row_that_cannot_be_used_is_refused_by_file_and_line(folder, capsys, f
         assert f": {column}: got " in line
     if reason == VALUES:
         [(field, value)] = fault.items()
-        assert f"{field} {value!r:.40} " in line
+        got = repr(str(value)) if ending == "csv" else repr(value)
+        assert f"{field}: got {got}; " in line
 
 
 @pytest.mark.parametrize("text, reason", [
     ('{"history": [], "shown": [[0, 0, 1]], "click": [NaN], "order": [0]}', VALUES),
     ('{"history": [], "shown": [[0, 0, 1]], "click": [1], "order": [Infinity]}', VALUES),
-    ('{"history": [], "shown": [[0, 0, 1]], "click": [1], "order": [0], "click": [0]}', "there twice"),
     ('{"history": [], "shown": [[9, 9, 9]], "click": [1], "order": [0]}', "ID [9, 9, 9] is not in"),
     ('{"history": [[9, 9, 9]], "shown": [[0, 0, 1]], "click": [1], "order": [0]}', "[9, 9, 9] is not in"),
     ('{"history": [], "shown": [null], "click": [1], "order": [0]}', "Semantic ID None"),
@@ -186,8 +186,7 @@ def test_a_line_of_json_that_cannot_be_used_is_refused(folder, capsys, text, rea
 @pytest.mark.parametrize("cells, reason", [
     ('[],"[\'<a_9><b_9><c_9>\']",[1],[0]', "is not in index.json"), ("[],\"['<a_0><b_0><c_1>']\",[nan],[0]", "got "),
     ("[],\"['<a_0><b_0><c_1>']\",1,0", "got "), ("[],\"['<a_0><b_0><c_1>']\",[1]", "order: got ''"),
-    ("[],\"['<a_0><b_0><c_1>' '<a_0><b_1><c_0>']\",[1],[0]", "got "),
-    ("[],\"['<a_0>' '<b_0>' '<c_1>']\",[1],[0]", "got "),
+    ("[],\"['<a_0><b_0><c_1>' '<a_0><b_1><c_0>']\",[1],[0]", "is not in index.json"),
     ('[],"[\'<a_0><b_0><c_1>\'],[1],[0]', "end of data")])
 def test_a_line_of_csv_that_cannot_be_used_is_refused(folder, capsys, cells, reason):
     path, _ = with_row({}, "csv")
@@ -204,17 +203,6 @@ def test_a_log_without_its_columns_or_with_one_of_them_twice_is_refused(folder, 
     path.write_text("\n".join([header, *path.read_text().splitlines()[1:]]))
     line = refused(capsys, run)
     assert line.startswith("nanoadagrpo: shop/log.csv, line 1: one column for each") and repr(header.split(",")) in line
-
-
-@both
-@pytest.mark.parametrize("name", ["Order", " order", "order ", "orders", "ordered", "ORDER", "order_", "_Orders"])
-def test_orders_under_almost_the_right_name_are_not_left_out_in_silence(folder, capsys, layout, name):
-    layout(folder / "shop")
-    [path] = (folder / "shop").glob("log.*")
-    path.write_text(path.read_text().replace('"order"', f'"{name}"').replace(",order", f",{name}"))
-    line = refused(capsys, run)
-    assert line.startswith(f"nanoadagrpo: {path.relative_to(folder)}, line ")
-    assert f"{name!r} is not read; call it order, or leave it out" in line
 
 
 @both

@@ -2,7 +2,6 @@
 """Micro-batches and several processes are a matter of memory and time: the training is that of the whole batch."""
 
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -308,21 +307,6 @@ def test_gradients_are_summed_where_a_process_has_not_used_a_weight(together):
     assert json.loads((together[0] / "summed.json").read_text()) == [[1, 1], [2, 2], None, [11, 11]]
 
 
-def test_data_flags_and_parts_of_a_reward_have_to_be_the_same_in_all_processes(monkeypatch, capsys, tmp_path):
-    """As on two machines, one of which has last week's files. The second process says something else to everything."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "two_scores.py").write_text(TWO_SCORES)
-    jsonl(tmp_path / "shop")
-    for number, what in enumerate(["data or flags", "parts of --reward", "models or checkpoints"]):
-        asked = itertools.count()
-        monkeypatch.setattr(nano, "all_gather", lambda pieces, asked=asked, number=number: torch.cat(
-            [*pieces, pieces[0] + (next(asked) == number)]))
-        line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
-        assert line == f"nanoadagrpo: the processes have different {what}; give all of them the same"
-        assert not (tmp_path / "here").exists()
-
-
 def test_a_reward_that_fails_in_another_process_alone_is_not_told_as_this_ones_fault(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -334,7 +318,7 @@ def test_a_reward_that_fails_in_another_process_alone_is_not_told_as_this_ones_f
 
     monkeypatch.setattr(nano, "all_gather", all_gather)
     line = refused(capsys, lambda: nano.main([*OPTIONS, "--out", "here"]))
-    assert line.startswith("nanoadagrpo: another process has stopped") and not (tmp_path / "here").exists()
+    assert line.startswith("nanoadagrpo: another process has stopped")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -368,16 +352,11 @@ def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_of_several_processes_the_first_says_what_is_wrong_or_else_the_one_that_knows(monkeypatch, capsys, rank):
-    """torchrun ends the others while they wait, if the first one has said it."""
-    waited = []
+def test_of_several_processes_each_says_what_is_wrong(monkeypatch, capsys, rank):
+    """The first one may know nothing of it."""
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(nano.time, "sleep", waited.append)
-    with pytest.raises(SystemExit) as end:
-        nano.main(["--toy", "--group-size", "1"])
-    said = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(said) == 1 and bool(waited) == (rank == "1")
-    assert said[0].startswith("nanoadagrpo: process 1: " if rank == "1" else "nanoadagrpo: --group-size 1: must be")
+    line = refused(capsys, lambda: nano.main(["--toy", "--group-size", "1"]))
+    assert line.startswith("nanoadagrpo: --group-size 1: must be")
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(monkeypatch, capsys, tmp_path):

@@ -157,21 +157,21 @@ def test_a_pretrained_model_goes_on_even_if_the_folder_that_it_came_from_is_gone
 
 
 @pytest.mark.parametrize("family, kind", [("llama", "attn_implementation"), ("mixtral", "experts_implementation")])
-def test_a_model_goes_on_with_the_kind_of_products_that_its_folder_asks_for(folder, monkeypatch, family, kind):
-    """Plain ones and fused ones round differently."""
+def test_a_model_goes_on_with_the_kind_of_products_that_it_began_with(folder, monkeypatch, family, kind):
+    """Plain ones and fused ones round differently. A policy has the library's own, whatever its folder asks for."""
     monkeypatch.setitem(FAMILIES, "mixtral", lambda **kw: MixtralConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         num_local_experts=2, num_experts_per_tok=1, **kw))
     jsonl(folder / "shop")
     options = ["--model", save_model(folder / "model", family), "--sft-lr", "1e-2"]
-    path, asked, broadcast = folder / "model" / "config.json", [], nano.broadcast
+    path, had, broadcast = folder / "model" / "config.json", [], nano.broadcast
     path.write_text(json.dumps(json.loads(path.read_text()) | {kind: "eager"}))
     monkeypatch.setattr(nano, "broadcast", lambda model: (  # the ranker has no config
-        hasattr(model, "config") and asked.append(getattr(model.config, f"_{kind}")), broadcast(model))[1])
+        hasattr(model, "config") and had.append(getattr(model.config, f"_{kind}")), broadcast(model))[1])
     begin("whole", *options)
     stopped_after(monkeypatch, 11, lambda: begin("here", *options))
     resume("here")
-    assert made(folder / "here") == made(folder / "whole") and {*asked} == {"eager"} and len(asked) == 3
+    assert made(folder / "here") == made(folder / "whole") and len({*had}) == 1 and len(had) == 3
 
 
 @pytest.mark.parametrize("family", ["roc_bert", "got_ocr2"])
@@ -317,41 +317,11 @@ def test_a_checkpoint_whose_model_cannot_be_built_is_named_in_one_line(here, cap
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
-@pytest.mark.parametrize("key", ["rows", "generators", "adamw", "schedule", "origin", "policy"])
+@pytest.mark.parametrize("key", ["rows", "origin", "policy"])
 @pytest.mark.parametrize("how", ["gone", "empty"])
 def test_a_checkpoint_that_lacks_something_is_named_in_one_line(here, capsys, key, how):
     path = checkpoint(here)
     forge(path, lambda state: state.pop(key) if how == "gone" else state.update({key: None}))
-    line = refused(capsys, lambda: resume("here"))
-    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
-
-
-def with_other_names(weights):
-    return {name.replace("mlp.", "feed_forward."): x for name, x in weights.items()}
-
-
-WEIGHTS = {
-    "of other names": lambda state: state.update(policy=with_other_names(state["policy"])),
-    "none": lambda state: state.update(policy={}), "too few": lambda state: state["policy"].popitem(),
-    "a base of other names": lambda state: state.update(base=with_other_names(state["policy"])),
-    "a best of other names": lambda state: state["best"].update(weights=with_other_names(state["policy"])),
-    "a base that is a list": lambda state: state.update(base=[1]),
-    "a base without numbers": lambda state: state.update(base=dict.fromkeys(state["policy"])),
-    "a base of other shapes": lambda state: state.update(
-        base=dict.fromkeys(state["policy"], state["generators"]["rollouts"])),
-}
-
-
-@pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS)
-def test_a_checkpoint_with_weights_of_another_model_is_refused(here, capsys, change):
-    forge(checkpoint(here), change)
-    line = refused(capsys, lambda: resume("here"))
-    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
-
-
-@pytest.mark.parametrize("last", [{"step": "2"}, {"step": 0}, {"step": -1}, {"method": "x", "step": 1}, None], ids=str)
-def test_a_checkpoint_whose_last_row_is_of_no_step_is_refused(here, capsys, last):
-    forge(checkpoint(here), lambda state: state["rows"].append(last))
     line = refused(capsys, lambda: resume("here"))
     assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
 
@@ -369,24 +339,7 @@ def test_a_checkpoint_that_is_forged_into_itself_is_read(here, shop):
     assert made(shop / "here") == made(shop / "whole")
 
 
-def test_what_a_kill_left_of_a_policy_that_was_being_saved_is_gone_at_the_end(here, shop):
-    for name in (".tmpA1b2C3", "policy/.tmpX9y8Z7"):
-        (here / name).parent.mkdir(exist_ok=True)
-        (here / name).write_bytes(b"half of it")
-    mine = [here / ".tmp_notes", here / "policy" / ".tmp", here / ".tmpA1b2C3-kept", here / ".tmpf0ld3r" / "inside"]
-    for path in mine:  # not of safetensors' making
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("mine")
-    resume("here")
-    left = {path for path in here.rglob("*") if "tmp" in path.name or path.name == "inside"}
-    assert left == {*mine, here / ".tmpf0ld3r"}
-    for path in mine:
-        path.unlink()
-    (here / ".tmpf0ld3r").rmdir()
-    assert made(shop / "here") == made(shop / "whole")
-
-
-@pytest.mark.parametrize("when", ["load_data", "origin_of"])  # before and after it is asked for a checkpoint
+@pytest.mark.parametrize("when", ["load_data", "make_generator"])  # before and after it is asked for a checkpoint
 def test_a_run_that_another_process_ends_meanwhile_is_not_begun_again(here, shop, monkeypatch, capsys, when):
     work = getattr(nano, when)
 
@@ -404,14 +357,16 @@ def test_a_run_that_another_process_ends_meanwhile_is_not_begun_again(here, shop
 def test_a_complete_run_of_the_name_that_later_processes_say_is_no_obstacle(shop):
     """They do not know the number of the folder, and call it RUN."""
     shutil.copytree(shop / "whole", shop / "RUN")
-    with nano.locked(pathlib.Path("RUN"), []):
+    with nano.locked(pathlib.Path("RUN"), [], nano.parse(["--data", "shop"])):
         pass
 
 
 def ends(monkeypatch, what):
-    """Something happens when the last table is about to be printed."""
+    """Something happens when the last table is about to be printed, the report having been written."""
+    calls = itertools.count(1)
+
     def at_the_end(results, titles, table=nano.table):
-        if titles is nano.ON_SCREEN:
+        if next(calls) == 2:
             what()
         return table(results, titles)
 
@@ -518,6 +473,9 @@ def finish(out, call, *arguments):
     """Resume, or begin where nothing had begun, until the run is complete."""
     if complete(out):
         return
+    if out.exists() and not (out / "metrics.jsonl").exists():  # killed while the folder was made
+        assert not list(out.glob("checkpoint-*"))
+        shutil.rmtree(out)
     process = fork.Process(target=life, args=(resume, out) if out.exists() else (call, out, *arguments))
     process.start()
     process.join()
