@@ -1692,6 +1692,9 @@ def parse(argv):
 
 
 def interrupt(number, frame):  # Ctrl-C or SIGTERM
+    if os.getpid() != interrupt.process:  # a child that a reward has forked ends as any other
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
     for other in (signal.SIGINT, signal.SIGTERM):  # once is enough
         signal.signal(other, lambda *_: None)
     interrupt.code = 128 + number  # to exit with; 0 while there was no signal
@@ -1700,7 +1703,7 @@ def interrupt(number, frame):  # Ctrl-C or SIGTERM
 
 def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
-    at_the_end, interrupt.code = contextlib.ExitStack(), 0
+    at_the_end, interrupt.code, interrupt.process = contextlib.ExitStack(), 0, os.getpid()
     at_the_end.callback(setattr, interrupt, "code", 0)  # who goes on in Python may train again
     try:
         cfg = parse(argv)

@@ -84,7 +84,7 @@ def tested(lines):
 def check_alike(runs, found):
     """Runs of other settings, or one twice, would give a mean and a spread that mean nothing; an unfinished one,
     differences to another run's NLL. `found` is what `read` gives of each."""
-    free = "seed", "out", "resume", "save_every", "log_to"  # whatever device they were run on
+    free = "seed", "out", "resume", "save_every"  # whatever device they were run on
     each = [dataclasses.asdict(cfg) | {"data": Path(cfg.data).resolve()} for cfg, _ in found]
     for run, cfg, (_, lines) in zip(runs, each, found, strict=True):
         if other := [nano.to_flag(key) for key, x in cfg.items() if x != each[0][key] and key not in free]:

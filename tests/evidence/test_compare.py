@@ -135,7 +135,7 @@ def test_runs_that_are_still_going_at_different_steps_are_refused(folder, tmp_pa
 
 
 def test_runs_may_have_been_made_elsewhere(folder, tmp_path):
-    others = {"device": "cpu", "out": "x", "save_every": 7, "log_to": "wandb", "data": f"{folder}/../{folder.name}"}
+    others = {"device": "cpu", "out": "x", "save_every": 7, "data": f"{folder}/../{folder.name}"}
     for seed, more in enumerate([{"device": "cuda"}, others]):
         (tmp_path / f"s{seed}").mkdir()
         config = dataclasses.asdict(nano.Settings(data=str(folder), seed=seed)) | more

@@ -80,7 +80,7 @@ SPELT = ["1_000", "1e3", "0x10", "1.0", "1.5", "١", "½", "+5", " 5", "5 ", "05
          "5\n", "5\0", "True"]
 KNOWN = dict(method=["nll", "grpo", "grpo+nll", "adagrpo-d", "adagrpo-r", "adagrpo", "random-gate", "all",
                      "nll,adagrpo", "all,nll", "nll,nll", "nll,", "NLL", " nll", "adagpro"],
-             log_to=["tensorboard", "wandb", "trackio", "magic"], ties=["min", "average", "max", "mean"],
+             ties=["min", "average", "max", "mean"],
              keep=["last", "best", "first"], dtype=["auto", "float32", "bfloat16", "float16"],
              device=["cpu", "auto", "cuda", "cuda:99", "meta", "cpu:0", "cpu:7", "mps", "xla", "abacus",
                      "CPU", "cpu:-1"],
@@ -200,7 +200,7 @@ class Enough(BaseException):
 def front(words):
     """main() as it is until the run would begin: everything is read, made and checked."""
 
-    def locked(out, rows):
+    def locked(out, rows, cfg):
         print(f"out: {json.dumps(str(out))}")
         raise Enough
 

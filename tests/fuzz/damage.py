@@ -6,9 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from .common import Result, changes, child, make_draw, not_one_line, remove, snapshot
 from .runs import SORTS, copy, differs, resume, template
 
@@ -119,31 +116,6 @@ def read_only(draw, out):
     draw.choice([out, out / "metrics.jsonl", checkpoint(out)]).chmod(0o555)
 
 
-def forged(draw, out):
-    """With the right checksum; as another version of the script might have written it."""
-    path = checkpoint(out)
-    tensors = {key: x.clone() for key, x in load_file(path).items()}
-    state = json.loads(tensors["state"].numpy().tobytes())
-    key, how = draw.choice(sorted(state)), draw.randrange(5)
-    if how == 0:
-        del state[key]
-    elif how == 1:
-        state[key] = draw.choice([None, 0, -1, "x", [], {}, 1e9, [{}], {"<tensor>": "99"}])
-    elif how == 2:
-        del tensors[draw.choice(sorted(tensors.keys() - {"state"}))]
-    elif how == 3:
-        state["model"][draw.choice(sorted(state["model"]))] = draw.choice([None, 0, "x", -1, 10**6])
-    else:
-        tensors["state"] = torch.zeros(draw.choice([0, 5]), dtype=torch.uint8)
-    if how != 4:
-        tensors["state"] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    save_file(tensors, out / "forged")
-    raw = (out / "forged").read_bytes()
-    (out / "forged").unlink()
-    named(path, raw)
-    return f"{key}, {how}"
-
-
 # -- to the other files --------------------------------------------------------------------------------------
 
 
@@ -216,8 +188,7 @@ def data_edited(draw, out):
 
 
 CHECKPOINT = [flipped, flipped, truncated, lengthened, zeros, renamed, renamed, another_runs, an_older_one,
-              a_newer_one_beside_it, copied_beside_it, no_checkpoint, a_folder, a_link, forged, forged,
-              forged]
+              a_newer_one_beside_it, copied_beside_it, no_checkpoint, a_folder, a_link]
 OTHERS = [config_edited, config_edited, config_edited, config_damaged, metrics_damaged,
           something_instead, something_instead, report_there, data_edited, unreadable, read_only]
 

@@ -84,11 +84,8 @@ class Reading:
             found = json.loads(text, object_pairs_hook=pairs)
         except (ValueError, RecursionError) as error:
             raise Bad(file, f"not JSON: {str(error)[:80]}", lines) from None
-        wanted = {"history", *(("shown", "click", "order") if file.startswith("log") else ("target",))}
-        if twice and (not lines or wanted & {*twice}):
-            raise Bad(file, f"keys that are there twice: {twice[:3]!r:.80}", lines)
         if twice:
-            self.doubts.append("a key twice that nobody reads")
+            self.doubts.append("a key twice, of which the last one counts")
         return found
 
     def read_catalogue(self):
@@ -122,12 +119,6 @@ class Reading:
             raise Bad(file, "not a Semantic ID of the catalogue", lines)
         return self.items[key]
 
-    def almost_order(self, file, names, lines):
-        """Would a column be left out because of its spelling?"""
-        for name in names:
-            if name != "order" and re.sub(r"^[\W_]+|[\W_]+$", "", str(name)).lower() in ("order", "orders", "ordered"):
-                raise Bad(file, f"{name!r:.40}, which is not read", lines)
-
     def row(self, file, row, lines, log):
         """{field: value} -> (history, target), or (history, shown, click, order) of a log."""
         history = row.get("history")
@@ -157,8 +148,6 @@ class Reading:
             row = self.json(file, text_of_row, [line])
             if not isinstance(row, dict):
                 raise Bad(file, "not a dictionary", [line])
-            if log:
-                self.almost_order(file, row, [line])
             yield self.row(file, row, [line], log)
 
     def csv_rows(self, file, log):
@@ -170,8 +159,6 @@ class Reading:
         for field, column in fields.items():
             if header.count(column) != 1 and (field != "order" or column in header):
                 raise Bad(file, f"not one column {column}", [1, *lines])
-        if log:
-            self.almost_order(file, header, ())
         for lines, cells in records:
             if not cells:
                 continue

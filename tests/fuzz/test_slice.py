@@ -12,7 +12,7 @@ from .run import tries
 SHARE = dict(files=300, commands=6, damage=3, kills=1)  # under 30 s of a core
 
 OPEN = {  # faults that are known (RESULT.md), by how they begin; to be emptied as they are mended
-    "exit code 1 in forged", "does not say rightly whether to go on", "SIGINT once, exit code -2 (process)",
+    "does not say rightly whether to go on", "SIGINT once, exit code -2 (process)",
     "SIGINT twice, a traceback (process)",
 }
 

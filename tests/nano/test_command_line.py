@@ -263,6 +263,14 @@ def test_the_returned_numbers_are_those_in_the_log_and_the_table(small_shop, fol
                 assert printed[title] == ""
 
 
+@pytest.mark.parametrize("width", [9, 10])
+def test_the_screen_shows_how_good_the_policy_is_with_few_beams_too(small_shop, folder, capsys, width):
+    toy(*NOTHING, "--beam-width", str(width), "--out", "here")
+    title, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][-3:]
+    shown = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (title, row)), strict=True))
+    assert shown["method"] == "base" and shown["HR@10 %" if width == 10 else "HR@1 %"]
+
+
 def test_the_final_numbers_are_those_of_the_saved_policy(small_shop, folder):
     results = toy("--out", "here")
     cfg = nano.Settings(**json.loads((folder / "here" / "config.json").read_text()))

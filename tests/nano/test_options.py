@@ -3,6 +3,7 @@
 
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -269,6 +270,23 @@ def test_what_shows_in_training_alone_is_one_line_too(mine, capsys, folder, text
     mine(f"def score(history, item):\n    {text}\n")
     assert refused(capsys, "--reward", "mine:score", "--rl-steps", "4", "--out", "here").startswith(start)
     assert not (folder / "here" / "report.md").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_a_reward_forks_ends_by_a_signal_as_any_other(mine, folder, capfd):
+    """multiprocessing.Pool ends its own so: they would say that the run has stopped, or never end."""
+    mine("import os, signal, time\n\ndef score(history, item):\n"
+         "    for number in (signal.SIGTERM, signal.SIGINT):\n"
+         "        child = os.fork()\n"
+         "        if not child:\n"
+         "            time.sleep(60)\n"
+         "            os._exit(0)\n"
+         "        time.sleep(0.02)\n"
+         "        os.kill(child, number)\n"
+         "        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number\n"
+         "    return item * 0.1\n")
+    run("--reward", "mine:score", "--rl-steps", "2", "--out", "here")
+    assert (folder / "here" / "report.md").exists() and "stopped" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", [

@@ -809,6 +809,16 @@ OTHER = {
 }
 
 
+def test_a_run_whose_data_have_moved_says_where_they_are_when_it_is_stopped_again(here, shop, monkeypatch, capsys):
+    (shop / "shop").rename(shop / "moved here")
+    with at_line(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        line = refused(capsys, lambda: resume("here", "--data", "moved here"), 130)
+    assert line.endswith("; go on with --resume here --data 'moved here'")
+    nano.main(shlex.split(line[line.index("--resume") :]))
+    assert made(here) == made(shop / "whole")
+
+
+
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
 @pytest.mark.parametrize("moved", [False, True], ids=["", "at another place"])
 def test_other_data_are_refused(here, capsys, change, moved):
@@ -856,7 +866,7 @@ def test_what_is_no_run_or_complete_or_to_be_changed_is_refused(shop, capsys):
              '{"data": "shop", "seed": %s}' % ("9" * 5000),
              '{"data": "shop", "method": "magic"}', '{"data": "shop", "keep": "worst"}',
              '{"data": "shop", "seed": true}', '{"data": "shop", "dtype": "float16"}',
-             '{"data": "shop", "log_to": "json"}', '{"data": "shop", "lam": true}',
+             '{"data": "shop", "keep": "json"}', '{"data": "shop", "lam": true}',
              '{"\\u001b\\n%s": 1}' % ("x" * 999), "{}"],
     ids=lambda text: text[:25])
 def test_a_config_that_cannot_be_used_is_refused(here, capsys, text):
