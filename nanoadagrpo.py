@@ -1461,8 +1461,6 @@ def run(cfg):
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows, cfg):
-        if cfg.resume:  # the process that had the lock may have ended the run meanwhile
-            refuse_complete(out)
         checkpoints = Checkpoints(out, cfg, data.catalogue, origin_of(cfg, data), rows)
         policy = checkpoints.policy or policy
         broadcast(policy.model)
@@ -1580,11 +1578,6 @@ def make_folder(cfg):
     return out
 
 
-def refuse_complete(out):
-    if (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
-        raise UserError(f"--resume {out}: this run is complete, see its report.md")
-
-
 @contextlib.contextmanager
 def locked(out, rows, cfg):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
@@ -1595,6 +1588,8 @@ def locked(out, rows, cfg):
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
                 fcntl = importlib.import_module("fcntl")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if cfg.resume and (out / "report.md").exists() and not any(out.glob("checkpoint-*")):
+                raise UserError(f"--resume {out}: this run is complete, see its report.md")
             yield
         except BlockingIOError:
             raise UserError(f"{again}: another process runs it; wait for it, or stop it") from None
@@ -1679,7 +1674,6 @@ def parse(argv):
             saved = vars(Settings(**json.loads((out / "config.json").read_text())))
         if changed := [to_flag(name) for name in given if given[name] != saved[name] and name not in FREE]:
             raise UserError(f"--resume goes on as the run was begun; leave out {', '.join(changed)}")
-        refuse_complete(out)
     cfg = Settings(**saved | given)
     if cfg.toy == bool(cfg.data):
         raise UserError("say --toy or --data DIR, one of the two and not both")
