@@ -4,16 +4,18 @@
     python nanoadagrpo.py --data DIR --method all --seed S --out sS ...   # for several seeds, all else equal
     python docs/evidence/compare.py s0 s1 s2
     python docs/evidence/compare.py s0 s1 s2 --figure curve.png    # and the runs along their steps
+    python docs/evidence/compare.py s0 s1 s2 --data DIR    # where the data are not where they were
 
 The yardsticks are popularity, and the ranker alone over the whole catalogue. They serve the same test prompts, and
-neither can hallucinate; neither needs a policy. What a run was given is read from its config.json.
+neither can hallucinate; neither needs a policy. What a run was given is read from its config.json. A folder of data
+that is named there without its full path is looked for where this program is started.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +33,10 @@ COLOURS = {"nll": "0.35", "grpo": "C4", "grpo+nll": "C1", "adagrpo-d": "C2", "ad
 
 
 def data_of(cfg):
-    return nano.toy_world(cfg) if cfg.toy else nano.load_data(cfg.data, cfg)
+    if cfg.toy:
+        return nano.toy_world(cfg)
+    with nano.in_one_line("data of the runs", "if they have moved, name them by --data"):
+        return nano.load_data(cfg.data, cfg)
 
 
 def popularity(data):
@@ -61,10 +66,12 @@ def serve(score, prompts, batch=100):
     return found | {"ndcg@10": torch.where(rank <= 10, 1 / torch.log2(1.0 + rank), 0.0).mean().item()}
 
 
-def read(run):
-    """(settings, lines of metrics.jsonl) of a run, be it complete or not."""
+def read(run, data=""):
+    """(settings, lines of metrics.jsonl) of a run, be it complete or not. `data`: where its data are now."""
     with nano.in_one_line(run, "name folders that nanoadagrpo.py wrote"):
         cfg = nano.Settings(**json.loads((run / "config.json").read_text()) | {"device": "cpu"})
+        if data and not cfg.toy:
+            cfg = dataclasses.replace(cfg, data=data)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         if not all(isinstance(line, dict) and is_ours(line) for line in lines):
             raise ValueError("metrics.jsonl is of another program")
@@ -88,7 +95,9 @@ def check_alike(runs, found):
     each = [dataclasses.asdict(cfg) | {"data": Path(cfg.data).resolve()} for cfg, _ in found]
     for run, cfg, (_, lines) in zip(runs, each, found, strict=True):
         if other := [nano.to_flag(key) for key, x in cfg.items() if x != each[0][key] and key not in free]:
-            raise nano.UserError(f"{run}: {', '.join(other)} are not as in {runs[0]}; runs may differ in their seeds")
+            moved = "; if these are the same data, name them by --data" * (other == ["--data"])
+            raise nano.UserError(f"{run}: {', '.join(other)} are not as in {runs[0]}; runs may differ in their seeds"
+                                 + moved)
         if tested(lines).keys() != tested(found[0][1]).keys():
             raise nano.UserError(f"{run}: other methods were tested than in {runs[0]}; let both runs end")
         if len(lines) != len(found[0][1]):
@@ -178,27 +187,35 @@ def draw(found, path):
     figure.savefig(path, dpi=110)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
-    parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
-    args = parser.parse_args(argv)
+def compare(args):
     kinds = FigureCanvasBase.get_supported_filetypes()
     if args.figure and (args.figure.is_dir() or not args.figure.parent.is_dir()
                         or args.figure.suffix[1:].lower() not in kinds):
-        parser.error(f"--figure {args.figure}: needs a folder that exists, and an ending such as .png")
-    try:
-        found = [read(run) for run in args.runs]
-        check_alike(args.runs, found)
-        if not (args.figure or tested(found[0][1])):
-            raise nano.UserError(f"{args.runs[0]}: nothing was tested so far; let the run end")
-        rows = collect(found)
-    except nano.UserError as error:
-        parser.error(str(error))
+        raise nano.UserError(f"--figure {args.figure}: needs a folder that exists, and an ending such as .png")
+    found = [read(run, args.data) for run in args.runs]
+    check_alike(args.runs, found)
+    if args.data and found[0][0].toy:
+        raise nano.UserError(f"--data {args.data}: these are runs of the toy; leave it out")
+    if not (args.figure or tested(found[0][1])):
+        raise nano.UserError(f"{args.runs[0]}: nothing was tested so far; let the run end")
+    rows = collect(found)
     print(table(rows))
     if args.figure:
         draw(found, args.figure)
     return rows
+
+
+def main(argv=None):
+    parser = nano.Parser("compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that nanoadagrpo.py wrote")
+    parser.add_argument("--figure", type=Path, help="draw the runs' curves into this file")
+    parser.add_argument("--data", type=os.path.expanduser, default="",  # --data=~/x: no shell does it there
+                        help="the folder of the runs' data, if it is not where it was")
+    try:
+        return compare(parser.parse_args(argv))
+    except (nano.UserError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

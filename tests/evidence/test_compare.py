@@ -104,6 +104,57 @@ def test_runs_of_which_one_has_not_ended_are_refused(folder, tmp_path, capsys):
     assert end.value.code == 2 and "other methods were tested than in" in capsys.readouterr().err
 
 
+def a_run(folder, data, seed=0, **more):
+    """One that has been tested, with this folder of data in its config.json."""
+    folder.mkdir()
+    config = dataclasses.asdict(nano.Settings(data=str(data), seed=seed, device="cpu", **more))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text(json.dumps({"phase": "test", "method": "nll", "hr@10": 0.1}))
+    return str(folder)
+
+
+def test_data_that_have_moved_are_named(folder, tmp_path, monkeypatch, capsys):
+    """One run has a folder that is gone, the other a path that was right elsewhere."""
+    runs = [a_run(tmp_path / "s0", tmp_path / "gone"), a_run(tmp_path / "s1", "shop", seed=1)]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = compare.main([*runs, "--data", str(folder)])
+    assert [one["hr@10"] for one in rows["popularity"]] == [0.75, 0.75]
+    monkeypatch.setenv("HOME", str(folder))
+    assert compare.main([*runs, "--data=~"])["popularity"] == rows["popularity"]
+    capsys.readouterr()
+    for words, message in ((runs, "s1: --data are not as in"), (runs[:1], "gone: holds neither"),
+                           (runs[1:], "shop: holds neither"), ([*runs, "--data", "none"], "none: holds neither")):
+        with pytest.raises(SystemExit) as end:
+            compare.main(words)
+        [line] = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and message in line and "name them by --data" in line
+
+
+def test_rows_that_are_missing_where_the_data_were_name_the_remedy_too(folder, tmp_path, capsys):
+    (folder / "test.jsonl").rename(folder / "away.jsonl")
+    with pytest.raises(SystemExit) as end:
+        compare.main([a_run(tmp_path / "s0", folder)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "test.jsonl" in line and "name them by --data" in line
+
+
+def test_runs_of_the_toy_have_no_data_to_name(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        compare.main([a_run(tmp_path / "s0", "", toy=True), "--data", str(tmp_path)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "these are runs of the toy; leave it out" in line
+
+
+@pytest.mark.parametrize("words", [[], ["--dat", "x", "s0"], ["s0", "--figure"], ["nowhere"]])
+def test_what_is_refused_is_refused_in_one_line(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        compare.main(words)
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("compare.py: ")
+
+
 @pytest.mark.parametrize("text", [
     '{"loss": 1}', '{"phase": "test"}', "3", "[]", '{"phase": 1}', '{"phase": "rl"', "\x00"])
 def test_the_log_of_another_program_is_refused(folder, tmp_path, capsys, text):
