@@ -414,12 +414,17 @@ def parse(argv):
     add("--yahoo", type=Path, required=True, help="folder with user.txt and random.txt")
     add("--seeds", type=run.seed_list, help="such as 100-109 (with --tune: default 0-2)")
     add("--jobs", type=run.job_count, default=1, help="seeds at a time, each on one core; 0: all in this process")
-    add("--out", type=Path, default=Path("runs/real"), help="folder of the finished units")
+    add("--out", type=Path, help="folder of the finished units (default runs/real)")
     add("--size", choices=SIZES, default="default", help="small: a few steps, to try the driver")
     add("--tune", action="store_true", help="choose learning rate and lambda on validation, write --dose, and stop")
-    add("--dose", type=Path, default=HERE / "real-dose.json", help="what --tune found")
-    add("--page", type=Path, default=ROOT / "docs/results.md", help="the report")
+    add("--dose", type=Path, help="what --tune found (default docs/evidence/real-dose.json, "
+                                  "of small OUT/real-dose.json)")
+    add("--page", type=Path, help="the report, its tables beside it (default docs/results.md and "
+                                  "docs/results-tables.md; OUT/results.md with --size small)")
     args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/real") / ("" if args.size == "default" else args.size)
+    args.dose = args.dose or (HERE if args.size == "default" else args.out) / "real-dose.json"
+    args.page = args.page or (ROOT / "docs/results.md" if args.size == "default" else args.out / "results.md")
     args.seeds = args.seeds or ([0, 1, 2] if args.tune else None)
     if not args.seeds:
         raise UserError("--seeds: say which, such as 100-109")

@@ -230,12 +230,13 @@ def verdicts(results):
            + ", ".join(f"{key} {signed(interval(a[key] - b[key]))}" for key in ("AUC", "HR@10")) + ".")
 
 
-def provenance(results, out, cfg):
+def provenance(results, args, cfg):
     """Where the numbers of a page are from."""
     units, users = [*results.base, *(unit for each in results.arms.values() for unit in each)], results.base[0]["users"]
     minutes = sum(unit["core_seconds"] for unit in units) / 60
-    code = json.loads((out / "made-by.json").read_text(encoding="utf-8"))["code"][:12]
+    code = json.loads((args.out / "made-by.json").read_text(encoding="utf-8"))["code"][:12]
     command = f"docs/evidence/real.py --yahoo DIR --seeds {run.seeds_text(results.seeds)}"
+    command += f" --size {args.size}" if args.size != "default" else ""
     over = "users and seeds" if len(results.seeds) > 1 else "the users of the one seed, not over seeds"
     yield (f"*Written by `docs/evidence/real.py`; edit that instead.* Intervals in brackets are 95 %, over {over}; "
            "bold where 0 lies outside. No correction is made for the number of comparisons.")
@@ -248,19 +249,19 @@ def provenance(results, out, cfg):
                     ["run time", f"{minutes:.0f} core minutes, {minutes / len(results.seeds):.1f} a seed"]], text=2)
 
 
-def page(results, out, cfg):
+def page(results, args, cfg):
     """The paragraphs of docs/results.md about the real log: what was found, and the differences."""
-    yield from provenance(results, out, cfg)
+    yield from provenance(results, args, cfg)
     yield "### What the real log says"
     yield "\n".join(f"* {text}" for text in verdicts(results))
     yield "Paired differences in points; GRPO+NLL and AdaGRPO at the λ that validation chose on other seeds:"
     yield table_differences(results)
 
 
-def tables_page(results, out, cfg):
+def tables_page(results, args, cfg):
     """The paragraphs of docs/results-tables.md about the real log."""
     yield "## The real log: all tables"
-    yield from provenance(results, out, cfg)
+    yield from provenance(results, args, cfg)
     yield "### Judged by random items: what biased feedback teaches"
     yield table_yardsticks(results)
     yield "Paired differences in points:"
@@ -282,6 +283,6 @@ def tables_page(results, out, cfg):
 def write_page(args, results, cfg):
     """The page, its long tables beside it (results.md, results-tables.md), and the figure."""
     figure(results, args.page.parent / "figures" / "real.png")
-    place("real", args.page, page(results, args.out, cfg))
-    place("real", tables_beside(args.page), tables_page(results, args.out, cfg))
+    place("real", args.page, page(results, args, cfg))
+    place("real", tables_beside(args.page), tables_page(results, args, cfg))
     print(f"report: {args.page}")

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -360,6 +361,32 @@ def test_cells_are_what_the_units_say(finished):
     assert found.mean == pytest.approx(100 * (each[0] - each[1]).mean())
     row = next(line for line in real_report.table_arms(results).splitlines() if "NLL continued" in line)
     assert float(row.split("|")[8]) == pytest.approx(100 * each[1].mean(), abs=0.051)
+
+
+def test_the_small_size_keeps_its_doses_and_its_page_in_its_own_folder(finished, yahoo, tmp_path, monkeypatch):
+    """What belongs to the repository stays as it is; so the remedy that is printed, --tune, harms nothing."""
+    small, whole = (real.parse(["--yahoo", "x", "--tune", *words]) for words in (["--size", "small"], []))
+    assert small.out == real.Path("runs/real/small") and whole.out == real.Path("runs/real")
+    assert {small.dose.parent, small.page.parent} == {small.out}
+    assert (whole.dose, whole.page) == (real.HERE / "real-dose.json", real.ROOT / "docs" / "results.md")
+    assert whole.dose.is_file() and whole.page.is_file()
+    theirs = [whole.dose, whole.page, report.tables_beside(whole.page), whole.page.parent / "figures" / "real.png"]
+    before = {path: path.read_bytes() for path in theirs if path.exists()}
+    out, _, results, _ = finished
+    monkeypatch.chdir(tmp_path)
+    for name, given in (("SIZES", {"small": CFG}), ("RATES", (1e-3,)), ("LAMBDAS", (5.0,))):
+        monkeypatch.setattr(real, name, given)
+    common = ["--yahoo", str(yahoo), "--size", "small", "--jobs", "0"]
+    with pytest.raises(SystemExit):
+        real.main([*common, "--seeds", "100"])  # says: run --tune first
+    shutil.copytree(out / "tune", "runs/real/small/tune")  # what takes long
+    shutil.copytree(out / "seed-100", "runs/real/small/seed-100")
+    real.main([*common, "--tune", "--seeds", "2"])
+    found = real.main([*common, "--seeds", "100"])
+    assert found.arms.keys() == results.arms.keys() and (small.out / "figures" / "real.png").is_file()
+    for path in (small.page, report.tables_beside(small.page)):
+        assert "`docs/evidence/real.py --yahoo DIR --seeds 100 --size small`" in path.read_text()
+    assert before == {path: path.read_bytes() for path in theirs if path.exists()}
 
 
 @pytest.mark.parametrize("words, message", [
