@@ -162,8 +162,9 @@ def test_minionerecs_folders_are_brought_into_one_as_the_page_says(tmp_path):
 
 def test_the_toy_written_to_a_folder_gives_the_toys_own_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(nano, "toy_world", small_toy)
+    (tmp_path / "shop").mkdir()  # of who has followed the tutorial in this folder
     play(WRITE_SHOP + USE_SHOP)
     flags = [*TINY, "--batch-size", "8", "--method", "adagrpo,grpo", "--eval-prompts", "40"]
     nano.main(["--toy", "--out", "toy", *flags])
-    nano.main(["--data", "shop", "--log-holdout", "0", "--out", "folder", *flags])
+    nano.main(["--data", "toy-shop", "--log-holdout", "0", "--out", "folder", *flags])
     assert metrics("toy") == metrics("folder") and len(metrics("toy")) > 10

@@ -4,7 +4,6 @@
 import json
 import re
 import shlex
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,18 @@ from test_commands import SMALL, model, shop
 import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recommend.md").read_text(encoding="utf-8")
-SOME, MANY = blocks(PAGE)
+SOME, USERS, MANY = blocks(PAGE)
+[WHERE] = re.findall(r"^policy, data = .*$", SOME, flags=re.M)
 
 # Equal histories, an empty one, one longer than the run's, and one that has every item but two.
 HISTORIES = [["0", "7"], ["3"], ["0", "7"], [], [str(i % 12) for i in range(25)], [str(i) for i in range(10)]]
+
+
+def play(policy, data, code=SOME):
+    """The names that the first block makes of a run and its data."""
+    code, names = code.replace(WHERE, f"policy, data = {policy!r}, Path({data!r})"), {}
+    exec(compile(code, "page", "exec"), names)
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +33,13 @@ def played(tmp_path_factory):
     """The folder in which the page was followed, and the names that it made."""
     folder, threads = tmp_path_factory.mktemp("recommend"), torch.get_num_threads()
     torch.set_num_threads(1)
-    names = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shop(folder / "shop"), model(folder / "model", "<a_0>", bos_token="saw")
         nano.main(shlex.split("--data shop --model model --out runs/mine --sft-lr 1e-2") + SMALL)
         rows = [{"user": f"user {i}", "history": history} for i, history in enumerate(HISTORIES)]
         Path("users.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        exec(compile(SOME, "page", "exec"), names)
+        names = play("runs/mine/policy", "shop")
         exec(compile(MANY, "page", "exec"), names)
     torch.set_num_threads(threads)
     return folder, names
@@ -56,8 +62,7 @@ def test_the_search_among_items_finds_the_likeliest_items(played):
     _, names = played
     [bought] = names["bought"]
     likely = likelihoods(names, bought)
-    by_words = {tuple(sid): name for name, sid in names["sids"].items()}
-    found = [by_words.get(tuple(names["tokenizer"].convert_ids_to_tokens(beam))) for beam in names["valid"][:, -3:]]
+    found = [names["name_of"].get(tuple(names["tokenizer"].convert_ids_to_tokens(x))) for x in names["valid"][:, -3:]]
     assert None not in found and len(set(found)) == 5
     assert max(likely, key=likely.get) in found, "beams may miss what begins unlikely, hardly the best"
 
@@ -91,42 +96,86 @@ def test_unknown_items_are_left_out_and_the_longest_known_history_is_taken(playe
     history = ["7", "new", *(str(i) for i in range(8)), "unheard of", "3"]
     rows = [["new", "3"], ["3"], history, [item for item in history if item in names["sids"]], ["new"], []]
     Path("odd.jsonl").write_text("".join(json.dumps(dict(user=i, history=x)) + "\n" for i, x in enumerate(rows)))
-    names["recommend"]("odd.jsonl", "odd-items.jsonl")
+    names["recommend"]("odd.jsonl", "odd-items.jsonl", skip_unknown=True)
     found = [row["items"] for row in written(folder, "odd-items.jsonl")]
     assert found[0] == found[1] and found[2] == found[3] and found[4] == found[5] and all(found)
+
+
+@pytest.mark.parametrize("item, says", [
+    ("new", "'new': is no item of shop/index.json"), ("", "'': is no item"), (12, "12: is no item"),
+    (["<a_0>", "<b_0>"], "['<a_0>', '<b_0>']: has 2 tokens; the items of shop/index.json have 3"),
+    (None, "None: is no item"), ([], "[]: has 0 tokens"),
+    (["<a_0>", "<b_0>", "<c_9>"], "['<a_0>', '<b_0>', '<c_9>']: is no item"), (["<a_0>"] * 4, ": has 4 tokens"),
+], ids=str)
+def test_an_item_of_a_history_that_is_none_is_refused_by_name_and_line_before_anything_is_written(
+        played, monkeypatch, item, says):
+    folder, names = played
+    monkeypatch.chdir(folder)
+    rows = [{"user": 0, "history": ["3"]}, {"user": 1, "history": ["3", item, "7"]}]
+    Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError) as refused:
+        names["recommend"]("bad.jsonl", "not-written.jsonl")
+    assert str(refused.value).startswith("bad.jsonl, line 2: ") and says in str(refused.value)
+    assert "\n" not in str(refused.value) and not Path("not-written.jsonl").exists()
+    with pytest.raises(ValueError) as refused:
+        names["words_of"](item)
+    assert says in str(refused.value)
+
+
+def test_an_item_is_given_by_its_name_or_by_its_tokens(played):
+    _, names = played
+    assert names["words_of"]("3") == names["words_of"](3) == names["words_of"](names["sids"]["3"]) == names["sids"]["3"]
+
+
+@pytest.mark.parametrize("more, refused", [(["<a_0>", "<b_0>", "<c_9>"], "new, "), (["<a_0>", "<b_0>"], "new, "),
+                                           (["<a_2>", "<b_1>", "<c_1>"], "")], ids=["token", "level", "known"])
+def test_a_later_catalogue_is_read_if_the_policy_knows_all_its_tokens(played, tmp_path, monkeypatch, more, refused):
+    """Of the known tokens, the item that the first twelve have already; it is named in place of its twin."""
+    folder, names = played
+    (tmp_path / "index.json").write_text(json.dumps(names["sids"] | {"new": more}))
+    monkeypatch.chdir(folder)
+    if refused:
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/index.json: the policy does not know item new, ")):
+            play("runs/mine/policy", str(tmp_path))
+    else:
+        assert "new" in play("runs/mine/policy", str(tmp_path))["name_of"].values()
 
 
 def test_items_that_share_a_semantic_id_with_one_of_the_history_are_not_recommended(played, monkeypatch):
     folder, names = played
     monkeypatch.chdir(folder)
-    Path("own.jsonl").write_text(json.dumps(dict(user=0, history=["3"])) + "\n")
-    monkeypatch.setitem(names["sids"], "twin of 3", names["sids"]["3"])
-    names["recommend"]("own.jsonl", "own-items.jsonl", n=12)
-    [row] = written(folder, "own-items.jsonl")
+    rows = [{"user": 0, "history": ["3"]}, {"user": "new", "history": []}]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("twins").mkdir()
+    Path("twins/index.json").write_text(json.dumps(names["sids"] | {"twin of 3": names["sids"]["3"]}))
+    with_twin = play("runs/mine/policy", "twins")
+    exec(compile(MANY.replace('"users.jsonl", "items.jsonl"', '"own.jsonl", "own-items.jsonl", n=12'), "page", "exec"),
+         with_twin)
+    row, new = written(folder, "own-items.jsonl")
     assert len(row["items"]) == 11 and not {"3", "twin of 3"} & {*row["items"]}
+    assert len(new["items"]) == 12 and "twin of 3" in new["items"] and "3" not in new["items"], "the last is named"
 
 
 @pytest.mark.parametrize("like", [lambda i: [i % 2, i % 3, i % 5, i], lambda i: [f"<{i % 2}>", f"<{i}>"],
                                   lambda i: [i]], ids=["four", "twice", "one"])
-def test_a_dictionary_of_any_tokens_and_length_is_spelt_as_the_policy_spells_it(like, tmp_path, monkeypatch):
-    """The words that stand on two levels among them; with the page's own lines in place of the one for index.json."""
+@pytest.mark.parametrize("kind", [dict, list])
+def test_a_catalogue_of_any_tokens_and_length_is_spelt_as_the_policy_spells_it(kind, like, tmp_path, monkeypatch):
+    """The words that stand on two levels among them."""
     monkeypatch.chdir(tmp_path)
-    sids, names = {str(i): like(i) for i in range(12)}, {}
+    sids = {str(i): like(i) for i in range(12)}
     history = [{"history": [sids["7"], sids["3"]], "target": sids[str(i)]} for i in range(8)]
     Path("shop").mkdir()
-    Path("shop/catalogue.json").write_text(json.dumps(sids))
+    Path("shop/catalogue.json").write_text(json.dumps(sids if kind is dict else [*sids.values()]))
     for name in ("train", "valid", "test"):
         Path(f"shop/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     nano.main(shlex.split("--data shop --out runs/mine") + SMALL)
-    [lines] = [x for x in re.findall(r"(?:^    .*\n)+", PAGE.split("```")[2], flags=re.M) if "catalogue.json" in x]
-    read = next(line for line in SOME.splitlines() if line.startswith("sids = "))
-    code = SOME.replace(read, textwrap.dedent(lines))
     spell = "".join(f"<{chr(97 + level)}_{token}>" for level, token in enumerate(sids["7"]))
-    exec(re.sub(r"(?m)^bought = .*$", f"bought = [{spell!r}]", code), names)
+    names = play("runs/mine/policy", "shop", re.sub(r"(?m)^bought = .*$", f"bought = [{spell!r}]", SOME))
+    assert "".join(names["words_of"](sids["7"])) == "".join(names["words_of"]("7")) == spell
     likely = likelihoods(names, spell)
     assert len(set(likely.values())) > 1 and names["L"] == len(like(0))
-    by_words = {tuple(sid): name for name, sid in names["sids"].items()}
-    found = [by_words[tuple(names["tokenizer"].convert_ids_to_tokens(x))] for x in names["valid"][:, -names["L"]:]]
+    found = [names["tokenizer"].convert_ids_to_tokens(x) for x in names["valid"][:, -names["L"]:]]
+    found = [names["name_of"][tuple(x)] for x in found]
     assert len(set(found)) == 5 and (len(like(0)) > 1 or found == sorted(likely, key=likely.get, reverse=True)[:5])
 
 

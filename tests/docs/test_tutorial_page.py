@@ -98,6 +98,34 @@ def test_the_folder_holds_what_the_page_says(played):
     assert places == sorted(places)
 
 
+def test_the_page_of_recommendations_goes_on_from_there(played, monkeypatch):
+    """docs/recommend.md as it stands, in the same folder: nothing has to be changed first."""
+    folder, names, screen = played[0], {}, io.StringIO()
+    monkeypatch.chdir(folder)
+    page = (ROOT / "docs" / "recommend.md").read_text(encoding="utf-8")
+    with contextlib.redirect_stdout(screen):
+        for block in blocks(page):
+            exec(compile(block, "page", "exec"), names)
+    catalogue, lists = json.loads((folder / "shop" / "catalogue.json").read_text()), r"\[[^]]*\]"
+    [says] = blocks(page, "text")
+    for text in (says, screen.getvalue()):
+        found = [json.loads(item.replace("'", '"')) for item in re.findall(lists, text)]
+        assert len(found) == 5 and all(item in catalogue for item in found)
+        assert re.sub(lists, "", text) == "    \n"
+    rows = list(map(json.loads, (folder / "items.jsonl").read_text().splitlines()))
+    assert [len(row["items"]) for row in rows] == [10] * 40 and "forty people" in page
+    for row, life in zip(rows, read(folder, "test"), strict=True):
+        items = [catalogue[int(name)] for name in row["items"]]
+        assert not any(item in items for item in [*life["history"], life["target"]])
+
+
+def test_an_item_that_is_none_is_refused_by_name(played, monkeypatch):
+    monkeypatch.chdir(played[0])
+    code = RECOMMEND.replace('row = json', 'words(["bike", "book", 9])\nrow = json')
+    with pytest.raises(ValueError, match=r"^\['bike', 'book', 9\]: is no item of shop/catalogue.json$"):
+        exec(compile(code, "page", "exec"), {})
+
+
 def test_the_recommendations_are_five_items(played):
     folder, *_, printed = played
     items = {tuple(item) for item in json.loads((folder / "shop" / "catalogue.json").read_text())}
