@@ -3,6 +3,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ import nanoadagrpo as nano
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = [block for block in blocks(PAGE, "text") if block.startswith("== ")]
-WRITE_LOG, WRITE_SHOP, USE_SHOP = blocks(PAGE)
+WRITE_PROMPTS, WRITE_LOG, MY_SHOP, WRITE_SHOP, USE_SHOP = blocks(PAGE)
 TINY = shlex.split("--device cpu --sft-steps 3 --sft-batch-size 4 --rl-steps 2 --batch-size 2 --group-size 4 "
                    "--beam-width 4 --eval-every 1")
 WORLD = nano.World(codes=6, items=60, users=60, impressions=8)
@@ -122,18 +123,41 @@ def test_without_a_log_the_ranker_learns_from_train_and_nothing_is_kept_out(tmp_
     assert data.log.item[:, 0].tolist() == data.sft.target.tolist()
 
 
+SID = {10: [0, 0], 11: [0, 1], 12: [1, 0], 13: [1, 1]}
+
+
+def lines(path):
+    return list(map(json.loads, Path(path).read_text().splitlines()))
+
+
+def test_purchases_become_prompts_split_by_time(tmp_path, capsys):
+    """In no order; a basket, an item without a Semantic ID, a user with one purchase, one before the first split."""
+    taken = [("b", 11, 40), ("a", 10, 5), ("a", 11, 10), ("a", 12, 10), ("a", 99, 12), ("a", 13, 20), ("b", 10, 39),
+             ("a", 10, 30), ("c", 10, 50), ("a", 13, 7)]
+    begins = {"train": 8, "rl": 20, "valid": 30, "test": 40}
+    past = play(WRITE_PROMPTS)["write_prompts"](iter(taken), SID, tmp_path, begins, longest=3)
+    a, b, c, d = SID.values()
+    assert lines(tmp_path / "train.jsonl") == [{"history": [a, d], "target": x} for x in (b, c)]
+    assert lines(tmp_path / "rl.jsonl") == [{"history": [d, b, c], "target": d}]
+    assert lines(tmp_path / "valid.jsonl") == [{"history": [b, c, d], "target": a}]
+    assert lines(tmp_path / "test.jsonl") == [{"history": [a], "target": b}]
+    assert past("a", 10) == [a, d] and past("a", 11) == [d, b, c] and past("nobody", 99) == [] == past("b", 39)
+    assert capsys.readouterr().out == "train: 2 rows\nrl: 1 rows\nvalid: 1 rows\ntest: 1 rows\n"
+
+
 def test_a_table_of_showings_becomes_a_log(tmp_path):
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     hour = 3_600_000
-    showings = [  # user, video, time, click, long view: in no order, two users, two hours, one video without a SID
+    showings = [  # user, item, time, click, long view: in no order, two users, two hours, one item without a SID
         (2, 12, hour + 50, 1, 0), (1, 10, 10, 1, 1), (1, 11, 20, 0, 1), (2, 10, 5, 0, 0), (1, 12, hour + 1, 1, 1),
         (1, 99, 30, 1, 1), (1, 13, 2 * hour, 0, 0),
     ]
-    frame = pandas.DataFrame(showings, columns=["user_id", "video_id", "time_ms", "is_click", "long_view"])
-    sid = {10: [0, 0], 11: [0, 1], 12: [1, 0], 13: [1, 1]}
-    folder = unpack(EXAMPLES[0], tmp_path / "shop")
-    play(WRITE_LOG)["write_log"](frame, sid, folder / "log.jsonl")
-    assert list(map(json.loads, (folder / "log.jsonl").read_text().splitlines())) == [
+    frame = pandas.DataFrame(showings, columns=["user_id", "item_id", "time_ms", "is_click", "long_view"])
+    folder, names = unpack(EXAMPLES[0], tmp_path / "shop"), play(WRITE_PROMPTS + WRITE_LOG)
+    clicked = frame[frame.is_click == 1]
+    past = names["write_prompts"](zip(clicked.user_id, clicked.item_id, clicked.time_ms, strict=True), SID, folder, {})
+    names["write_log"](frame, SID, folder / "log.jsonl", past, order="long_view")
+    assert lines(folder / "log.jsonl") == [
         {"history": [], "shown": [[0, 0], [0, 1]], "click": [1, 0], "order": [1, 0]},
         {"history": [], "shown": [[0, 0]], "click": [0], "order": [0]},
         {"history": [[0, 0]], "shown": [[1, 0]], "click": [1], "order": [1]},
@@ -141,8 +165,31 @@ def test_a_table_of_showings_becomes_a_log(tmp_path):
         {"history": [[0, 0], [1, 0]], "shown": [[1, 1]], "click": [0], "order": [0]},
     ]
     assert len(nano.load_data(folder, nano.Settings(device="cpu")).log.item) == 5
-    play(WRITE_LOG)["write_log"](frame.drop(columns="long_view"), sid, folder / "log.jsonl", order="")  # clicks alone
+    names["write_log"](frame.drop(columns="long_view"), SID, folder / "log.jsonl", past)  # clicks alone
     assert nano.load_data(folder, nano.Settings(device="cpu")).log.order is None
+
+
+def test_two_tables_become_a_folder_on_which_the_script_trains(tmp_path):
+    """As the page does it; dates too, as the page makes times of them. Nothing that is learnt from is of the future."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    g, day = random.Random(0), 86_400_000
+    bought = pandas.DataFrame([(f"u{g.randrange(9)}", g.choice([*SID, 99]), g.randrange(99 * day)) for _ in range(200)],
+                              columns=["user_id", "item_id", "time_ms"])
+    shown = pandas.DataFrame([(f"u{g.randrange(9)}", g.choice([*SID, 99]), g.randrange(99 * day), g.random() < 0.4)
+                              for _ in range(500)], columns=["user_id", "item_id", "time_ms", "is_click"])
+    names = {"sid": SID, "bought": bought, "shown": shown}
+    exec(compile(WRITE_PROMPTS + WRITE_LOG + MY_SHOP, "page", "exec"), names)
+    first = names["begins"]["valid"]
+    rows = {name: len(lines(f"my-shop/{name}.jsonl")) for name in ("train", "rl", "valid", "test", "log")}
+    known = bought.item_id.isin(SID).sum()
+    assert 0.05 < rows["test"] / known < 0.15 and 0.15 < rows["rl"] / known < 0.25 and rows["train"] > rows["rl"]
+    items = sum(len(row["shown"]) for row in lines("my-shop/log.jsonl"))
+    assert items == (shown.item_id.isin(SID) & (shown.time_ms < first)).sum() < len(shown)
+    nano.main(["--data", "my-shop", "--out", "run", *TINY])
+    assert "rows of log.jsonl" in Path("run/report.md").read_text()
+    date = pandas.DataFrame({"date": pandas.to_datetime([0, 5 * day], unit="ms")})
+    [made] = re.findall(r"`(\(frame\.date .*?)`", PAGE)
+    assert eval(made, {"frame": date, "pandas": pandas}).tolist() == [0, 5 * day]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell's loop")
