@@ -120,6 +120,20 @@ def test_an_item_of_a_history_that_is_none_is_refused_by_name_and_line_before_an
     with pytest.raises(ValueError) as refused:
         names["words_of"](item)
     assert says in str(refused.value)
+    if "tokens" in says:  # it is no new item
+        with pytest.raises(ValueError):
+            names["recommend"]("bad.jsonl", "not-written.jsonl", skip_unknown=True)
+        assert not Path("not-written.jsonl").exists()
+
+
+@pytest.mark.parametrize("history", ["12", {"3": 1}, None])
+def test_a_history_that_is_no_list_is_refused(played, monkeypatch, history):
+    """Of text each letter would be taken as an item."""
+    folder, names = played
+    monkeypatch.chdir(folder)
+    Path("bad.jsonl").write_text(json.dumps({"user": 0, "history": history}) + "\n")
+    with pytest.raises(ValueError, match=r"^bad.jsonl, line 1: .*: is no list of items$"):
+        names["recommend"]("bad.jsonl", "not-written.jsonl", skip_unknown=True)
 
 
 def test_an_item_is_given_by_its_name_or_by_its_tokens(played):
