@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def check_alike(runs, found):
     seeds = [cfg["seed"] for cfg in each]
     if len(set(seeds)) < len(seeds):
         raise nano.UserError(f"a seed is there twice: {', '.join(map(str, seeds))}; name one run of each")
+
+
+def check_data(run, cfg):
+    """Another shop of the same name would give yardsticks that mean nothing. Its report says how much a run tested."""
+    report = run / "report.md"
+    said = re.search(r"^(\d+) test prompts", report.read_text(encoding="utf-8"), re.M) if report.is_file() else None
+    n = len(nano.subset(data_of(cfg).test, cfg.eval_prompts, cfg.seed, "test").target)
+    if said and int(said[1]) != n:
+        raise nano.UserError(f"{run}: was tested on {said[1]} prompts, and {cfg.data or 'the toy'} has {n}; "
+                             "name the data of the run by --data")
 
 
 COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %": "ndcg@10",
@@ -198,6 +209,8 @@ def compare(args):
         raise nano.UserError(f"--data {args.data}: these are runs of the toy; leave it out")
     if not (args.figure or tested(found[0][1])):
         raise nano.UserError(f"{args.runs[0]}: nothing was tested so far; let the run end")
+    for run, (cfg, _) in zip(args.runs, found, strict=True):
+        check_data(run, cfg)
     rows = collect(found)
     print(table(rows))
     if args.figure:

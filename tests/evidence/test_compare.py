@@ -131,6 +131,32 @@ def test_data_that_have_moved_are_named(folder, tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and message in line and "name them by --data" in line
 
 
+@pytest.mark.parametrize("said, more, fits", [(4, {}, True), (3, {}, False), (3, {"eval_prompts": 3}, True),
+                                              (4000, {}, False)])
+def test_other_data_than_those_of_the_run_are_refused(folder, tmp_path, capsys, said, more, fits):
+    run = a_run(tmp_path / "s0", tmp_path / "gone", **more)
+    Path(run, "report.md").write_text(f"# s0\n\n{said} test prompts, beams of width 50; 2 s, 1 threads\n")
+    if fits:
+        assert "popularity" in compare.main([run, "--data", str(folder)])
+        return
+    with pytest.raises(SystemExit) as end:
+        compare.main([run, "--data", str(folder)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and f"s0: was tested on {said} prompts, and {folder} has 4; name" in line
+
+
+def test_the_report_of_a_run_is_read(folder, tmp_path, monkeypatch, capsys):
+    """Of the script itself, so that the line which is looked for is the one that is written."""
+    words = "--device cpu --sft-steps 2 --rl-steps 0 --beam-width 4 --batch-size 2"
+    nano.main([*words.split(), "--data", str(folder), "--out", str(tmp_path / "s0")])
+    rows = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    assert "base" in compare.main([str(tmp_path / "s0")])
+    (folder / "test.jsonl").write_text("".join(rows[:3]))
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "s0")])
+    assert "was tested on 4 prompts" in capsys.readouterr().err
+
+
 def test_rows_that_are_missing_where_the_data_were_name_the_remedy_too(folder, tmp_path, capsys):
     (folder / "test.jsonl").rename(folder / "away.jsonl")
     with pytest.raises(SystemExit) as end:
