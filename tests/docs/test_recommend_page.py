@@ -10,6 +10,7 @@ import pytest
 import torch
 from fences import blocks
 from test_commands import SMALL, model, shop
+from test_data_page import EXAMPLES, TINY, unpack
 
 import nanoadagrpo as nano
 
@@ -208,3 +209,13 @@ def test_its_beams_and_scores_are_those_of_the_evaluation(played):
     row = written(folder)[0]
     assert [data.catalogue.row[tuple(names["sids"][name])] for name in row["items"]] == [item for item, _ in found]
     assert row["scores"] == pytest.approx([x for _, x in found], abs=1e-4)
+
+
+def test_a_catalogue_of_four_items_is_served_whole(tmp_path, monkeypatch):
+    """That of the example of docs/data.md: fewer items than the page asks for."""
+    monkeypatch.chdir(tmp_path)
+    unpack(EXAMPLES[0], tmp_path / "shop")
+    nano.main(["--data", "shop", "--out", "run", *TINY])
+    names = play("run/policy", "shop", SOME.replace('["0", "7"]', '["0", [1, 1]]'))
+    ends = names["valid"][:, -2:]
+    assert {names["name_of"][tuple(names["tokenizer"].convert_ids_to_tokens(beam))] for beam in ends} == {*"0123"}

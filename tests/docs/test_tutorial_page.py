@@ -117,6 +117,9 @@ def test_the_page_of_recommendations_goes_on_from_there(played, monkeypatch):
     for row, life in zip(rows, read(folder, "test"), strict=True):
         items = [catalogue[int(name)] for name in row["items"]]
         assert not any(item in items for item in [*life["history"], life["target"]])
+    targets = [row["target"] for name in ("train", "rl") for row in read(folder, name)]
+    cold = [catalogue[int(name)] not in targets for row in rows for name in row["items"]]
+    assert 0.35 < sum(cold) / len(cold) < 0.7 and "about half of the places go to such items" in page
 
 
 def test_an_item_that_is_none_is_refused_by_name(played, monkeypatch):
