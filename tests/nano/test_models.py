@@ -504,6 +504,10 @@ def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_i
     pages = [(pathlib.Path(nano.__file__).parent / "docs" / page).read_text() for page in ("models.md", "recommend.md")]
     blocks = re.findall(r"^```python\n(.*?)^```$", "".join(pages), flags=re.M | re.S)
     [recommend], [own] = ([block for block in blocks if word in block] for word in ("found =", "def reward"))
+    history = [["<a_0>", "<b_0>", "<c_1>"], ["<a_1>", "<b_1>", "<c_1>"]]
+    for old, new in (('"runs/tutorial/policy/adagrpo"', '"runs/mine/policy"'), ('["0", "7"]', str(history))):
+        assert recommend.count(old) == 1
+        recommend = recommend.replace(old, new)
     minionerec(folder / "shop")
     (folder / "mine.py").write_text(own)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -516,11 +520,12 @@ def test_the_code_of_the_pages_recommends_what_the_policy_would_and_its_reward_i
         c = settings(data="shop")
         catalogue = nano.load_data("shop", c).catalogue
         policy = nano.Policy(names["model"], catalogue, c, names["tokenizer"])
-        bought = [catalogue.row[tuple(sid)] for sid in (["<a_0>", "<b_0>", "<c_1>"], ["<a_1>", "<b_1>", "<c_1>"])]
+        bought = [catalogue.row[tuple(sid)] for sid in history]
         beams, logp = nano.tree_decode(policy, nano.prefill(policy, torch.tensor([bought])), nano.beam(5))
         spelt = [[[*catalogue.words, "<next>", "<start>"][token] for token in beam] for beam in beams[0].tolist()]
-        assert names["found"] == spelt and logp[0].sum(-1).std() > 0.05
-        assert any(names["items"]) and {type(item) for items in names["items"] for item in items} == {str}
+        found = names["tokenizer"].batch_decode(names["beams"])
+        assert found == ["".join(words) for words in spelt] and logp[0].sum(-1).std() > 0.05
+        assert names["found"] == [names["name_of"].get(tuple(words)) for words in spelt] and any(names["found"])
         shutil.rmtree("runs/mine")
     sys.modules.pop("mine", None)
 
