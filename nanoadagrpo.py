@@ -1146,14 +1146,7 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    with contextlib.suppress(Exception):  # its own __str__ may fail
-        return (" ".join(str(error).split()) or type(error).__name__)[:150]
-    return type(error).__name__
-
-
-def out_of_memory(error):
-    said = isinstance(error, RuntimeError | OSError) and (getattr(error, "strerror", None) or str(error))
-    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", said or "")
+    return (" ".join(str(error).split()) or type(error).__name__)[:150]
 
 
 @contextlib.contextmanager
@@ -1162,8 +1155,7 @@ def in_one_line(what, remedy=""):
     try:
         yield
     except Exception as error:
-        told = UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy))
-        raise (error if out_of_memory(error) else told) from None  # of memory, `main` says what helps
+        raise UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy)) from None
 
 
 def make_generator(seed, purpose, device="cpu"):
@@ -1718,7 +1710,7 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif out_of_memory(error):
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate|bad_alloc|MemoryError", text):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
                     "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):

@@ -622,11 +622,6 @@ def test_too_little_memory_for_data_or_model_is_not_their_fault(refused, folder,
     assert {path.name for path in folder.iterdir()} == {"shop", "model"}
 
 
-def test_a_folder_that_is_called_out_of_memory_is_none(refused, folder):
-    (jsonl(folder / "out of memory") / "valid.jsonl").unlink()
-    assert "out of memory/valid.jsonl: " in refused(*data("out of memory"))
-
-
 @pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34448.",
                                   "NCCL error: remote process exited or there was a network error"])
 def test_of_several_processes_the_end_of_one_is_a_line_of_the_others(refused, monkeypatch, text):
