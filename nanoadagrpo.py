@@ -1589,10 +1589,8 @@ def locked(out, rows, cfg):
             last = [f" after {row.get('method', 'sft')}, step {row['step']}" for row in rows if "lr" in row]
             how = "go on" if any(out.glob("checkpoint-*")) else "no checkpoint yet, begin again"
             raise KeyboardInterrupt(f"stopped{''.join(last[-1:])}; {how} with {again}") from None
-        except UserError as error:  # of the user's own code, perhaps, which can be mended
+        except (UserError, OSError, SafetensorError) as error:  # of the user's own code, perhaps, which can be mended
             raise UserError(f"{error}" + f"; the run so far: {again}" * bool(rows)) from None
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{first_line(error)}; mend that, and go on with {again}") from None
 
 
 # -- the command line ----------------------------------------------------------------------------------------
@@ -1710,7 +1708,7 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif isinstance(error, MemoryError) or re.search("out of memory|allocate|bad_alloc|MemoryError", text):
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", text):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
                     "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):

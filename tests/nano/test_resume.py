@@ -672,7 +672,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_says_how_
 def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys, owner, name, count):
     with failing(monkeypatch, owner, name, FULL, count):
         line = refused(capsys, lambda: begin("here"))
-    assert "No space left on device" in line and "--resume here" in line
+    assert "No space left on device" in line
+    assert ("--resume here" in line) == (shop / "here" / "metrics.jsonl").exists()  # else nothing is there to go on with
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
 
