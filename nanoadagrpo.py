@@ -1545,9 +1545,7 @@ def write_report(out, cfg, results, about, influence):
     again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
     parts = [f"# {out.resolve().name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
              *map(influence_table, influence)]
-    text = "\n\n".join(parts) + "\n"
-    (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
-    (out / "report.partial").replace(out / "report.md")
+    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def make_folder(cfg):
