@@ -709,6 +709,9 @@ def read_rows(path, catalogue, source, cfg):
             warnings.simplefilter("ignore", SyntaxWarning)  # of literals, which are refused in one line
             csv.field_size_limit(2**31 - 1)  # a long history, or a column that nobody reads
             rows = csv.DictReader((x + "\n" for x in rows), restval="", strict=True)
+            header = list(rows.fieldnames or ())
+            if any(header.count(x) != 1 and (x != "order" or x in header) for x in like):
+                raise UserError(f"one column for each is needed, there are {header!r:.120}")
         for row in rows:
             column, cell, x = "the row", row, {}
             row = row if is_csv else json.loads(row)

@@ -378,18 +378,25 @@ def test_the_unchanged_rows_are_accepted(folder):
 @pytest.mark.parametrize("missing, typed", [
     ("item_sid", "itemsid"), ("history_item_sid", "history_items_sid"), ("item_sid", " item_sid"),
     ("item_sid", "ITEM_SID"), ("item_sid", "\x1b\n"), ("item_sid", "x" * 5000)])
-def test_a_missing_or_misspelt_column_is_refused_and_the_row_as_it_is_there_shown(refused, folder, missing, typed):
+def test_a_missing_or_misspelt_column_is_refused_and_those_that_are_there_listed(refused, folder, missing, typed):
     csv_with(folder, columns=[typed if column == missing else column for column in COLUMNS])
     line = refused(*data("shop"))
-    ends = 3 if "\n" in typed else 2  # the first row's last line
+    ends = 2 if "\n" in typed else 1  # the header's last line
     assert f"shop/train.csv, line {ends}" in line and "history_item_sid" in line and "'user_id'" in line
+
+
+@pytest.mark.parametrize("twice", ["item_sid", "history_item_sid"])
+def test_a_column_that_is_there_twice_is_refused(refused, folder, twice):
+    csv_with(folder, columns=[twice, *COLUMNS[1:]])
+    line = refused(*data("shop"))
+    assert "shop/train.csv, line 1" in line and "one column for each" in line and f"'{twice}', '" in line
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_a_table_that_is_separated_otherwise_is_refused(refused, folder, separator):
     path = minionerec(folder / "shop") / "train.csv"
     path.write_text(path.read_text().replace(",", separator))
-    assert "shop/train.csv, line 2" in refused(*data("shop"))
+    assert "shop/train.csv, line 1" in refused(*data("shop"))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +480,7 @@ def test_a_history_is_never_run_as_a_program(refused, folder, monkeypatch):
 def test_an_empty_csv_is_refused(refused, folder, text):
     (minionerec(folder / "shop") / "valid.csv").write_text(text)
     line = refused(*data("shop"))
-    reason = "holds no rows"
+    reason = "holds no rows" if "item_sid" in text else "one column for each is needed"
     assert "shop/valid.csv" in line and reason in line
 
 
