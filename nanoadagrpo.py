@@ -913,20 +913,30 @@ def make_reward(ranker, cfg):
 
 
 @torch.no_grad()  # if it turns gradients off, that ends here
-def own_reward(cfg, history, item):
+def own_reward(cfg, names, history, item):
     """The same by --reward: function(history, item) -> (B, n) scores, or {name: scores} to be added up.
 
-    Whatever goes wrong in the user's code is said in one line, with the place in their file.
+    Whatever goes wrong in the user's code is said in one line, with the place in their file. `names` of the
+    first call have to stay: every process gathers them, and in one order.
     """
     def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
-        return torch.as_tensor(x if torch.is_tensor(x) else np.array(x, float), dtype=torch.float64,
-                               device=item.device)
+        if isinstance(x, list | tuple) and any(torch.is_tensor(row) for row in x):
+            return torch.stack([*map(numbers, x)])  # NumPy takes no list of tensors on a GPU
+        x = x if torch.is_tensor(x) else np.array(x, float)
+        return torch.as_tensor(x, dtype=torch.float64, device=item.device)
 
+    here = os.getcwd()
     try:
         module, _, name = cfg.reward.partition(":")
         function = getattr(importlib.import_module(module), name)
         found = named(function(history.clone(), item.clone()))  # copies: it may write into what it is given
-        parts = {key: numbers(found[key]) for key in sorted(found)}
+        if (torch.get_default_dtype(), torch.get_default_device().type) != (torch.float32, "cpu"):
+            torch.set_default_dtype(torch.float32), torch.set_default_device(None)
+            raise ValueError("it changes torch's default dtype or device; name them where tensors are made")
+        names[:] = names or sorted(found)
+        if names != sorted(found):
+            raise ValueError(f"parts {sorted(found)} instead of {names}")
+        parts = {key: numbers(found[key]) for key in names}
         if wrong := [tuple(x.shape) for x in parts.values() if x.shape != item.shape]:
             raise ValueError(f"shape {wrong} instead of {tuple(item.shape)}")
         if not all(x[item >= 0].float().isfinite().all() for x in (*parts.values(), sum(parts.values()))):
@@ -938,6 +948,8 @@ def own_reward(cfg, history, item):
         what = type(error).__name__ + "".join(place[:1])
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected package.module:"
                         "function, found from here, that gives each item a number (docs/models.md)") from None
+    finally:
+        os.chdir(here)  # where the run's folder is
 
 
 def named(scores):
@@ -1318,6 +1330,8 @@ class Checkpoints:
                     raise ValueError(f"the run was begun with another {changed[0]}")
                 config = AutoConfig.for_model(**self.state["model"])
                 model = AutoModelForCausalLM.from_config(config)
+                if self.state["policy"].keys() != weights(model).keys():
+                    raise ValueError("its weights have other names; take the transformers that it was made with")
                 model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
@@ -1445,7 +1459,7 @@ def run(cfg):
     reward = None
     if cfg.reward:  # is asked about two rows, so that its faults show before the supervised steps
         sys.path.append(os.getcwd())  # modules in the current folder are found too
-        reward = functools.partial(own_reward, cfg)
+        reward = functools.partial(own_reward, cfg, [])
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 2), value=-1)  # an item, and twice no item
         reward(data.rl.history[:2], one_and_none)
     begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))
@@ -1559,20 +1573,20 @@ def make_folder(cfg):
     for i in itertools.count(1):
         out = Path(name if i == 1 else f"{name}-{i}")
         try:
+            name.encode()  # what cannot be printed could not be reported either
             out.mkdir(parents=True)  # fails if another run has been faster
-            break
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            return out
         except (OSError, ValueError) as error:
-            if cfg.out or not os.path.lexists(out):
+            if cfg.out or not (isinstance(error, FileExistsError) and os.path.lexists(out)):
                 raise UserError(f"--out {name:.80}: {first_line(error):.90}; name a new folder") from None
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-    return out
 
 
 @contextlib.contextmanager
 def locked(out, rows, cfg):
     """One run at a time in a folder; the lock goes with its process. What stops a run says how to go on."""
     with open(out / "config.json" if rank() == 0 else os.devnull, "r+") as file:  # NFS locks for writing only
-        moved = rank() == 0 and json.load(file)["data"] != cfg.data
+        moved = rank() == 0 and json.load(file).get("data", "") != cfg.data
         again = shlex.join(["--resume", str(out), *["--data", cfg.data] * moved])
         try:
             if rank() == 0 and os.name == "posix":  # Windows has no such lock
@@ -1587,7 +1601,7 @@ def locked(out, rows, cfg):
             last = [f" after {row.get('method', 'sft')}, step {row['step']}" for row in rows if "lr" in row]
             how = "go on" if any(out.glob("checkpoint-*")) else "no checkpoint yet, begin again"
             raise KeyboardInterrupt(f"stopped{''.join(last[-1:])}; {how} with {again}") from None
-        except (UserError, OSError, SafetensorError) as error:  # of the user's own code, perhaps, which can be mended
+        except (UserError, OSError, SafetensorError) as error:  # perhaps of code that can be mended
             raise UserError(f"{error}" + f"; the run so far: {again}" * bool(rows)) from None
 
 
@@ -1706,7 +1720,7 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
             text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", text):
+        elif re.search(r"out of memory|allocate (memory|\d)|bad_alloc|MemoryError", repr(error)):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
                     "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):
@@ -1716,7 +1730,8 @@ def main(argv=None):
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         text = text if len(text) < 285 else f"{text[:220]} ... {text[-60:]}"
         with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
-            print(f"nanoadagrpo: {text}", file=sys.stderr)
+            if code == 2 or os.environ.get("RANK", "0") == "0":  # a signal is for all: one says so
+                print(f"nanoadagrpo: {text}", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
         at_the_end.close()

@@ -81,7 +81,7 @@ def prepare(cfg, folder):
     """Data, ranker, and the base policy: read from `folder`, or trained and kept there."""
     data = nano.load_data(cfg.data, cfg)
     ranker = nano.train_ranker(data.catalogue, data.log, cfg)
-    reward = functools.partial(nano.own_reward, cfg) if cfg.reward else nano.make_reward(ranker, cfg)
+    reward = functools.partial(nano.own_reward, cfg, []) if cfg.reward else nano.make_reward(ranker, cfg)
     policy = (nano.pretrained_policy if cfg.model else nano.tiny_policy)(data.catalogue, cfg)
     measure.load_or_train(policy, data, cfg, folder / "base-policy.npz")
     return Setup(cfg, data, ranker, reward, policy, copy.deepcopy(policy.model.state_dict()))
@@ -184,7 +184,7 @@ def compare(args, cfg):
     data = nano.load_data(cfg.data, cfg)  # what is wrong with it, or with the reward, is said first
     if cfg.reward:
         item = F.pad(data.rl.target[:2][:, None], (0, 1), value=-1)
-        nano.own_reward(cfg, data.rl.history[:2], item)
+        nano.own_reward(cfg, [], data.rl.history[:2], item)
     made = origin(cfg)
     run.same_origin(args.out, made)
     grid = [Arm(name, lam) for name in TUNED for lam in LAMBDAS]

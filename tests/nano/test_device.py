@@ -325,7 +325,7 @@ def test_a_reward_of_ones_own_may_be_computed_on_the_cpu(monkeypatch):
     monkeypatch.setattr(nano, "score", score, raising=False)
     with pretended() as notes:
         cfg, shop, _, policy = shop_and_policy(rl_steps=2, reward="nanoadagrpo:score", constrained=True)
-        nano.train_rl(policy, functools.partial(nano.own_reward, cfg), shop.rl, cfg, "grpo+nll", lambda **row: None)
+        nano.train_rl(policy, functools.partial(nano.own_reward, cfg, []), shop.rl, cfg, "grpo+nll", lambda **row: None)
         assert not notes.mixed
 
 

@@ -45,7 +45,7 @@ def lines(path):
 
 
 def own_reward(name, **changes):
-    return functools.partial(nano.own_reward, settings(reward=name, **changes))
+    return functools.partial(nano.own_reward, settings(reward=name, **changes), [])
 
 
 def refused(capsys, *arguments):
@@ -71,6 +71,7 @@ def test_an_own_reward_is_what_the_step_is_given_and_hallucinations_get_the_floo
 @pytest.mark.parametrize("text", ["item.numpy() * 0.1", "(item * 0.1).tolist()", "(item * 0.1).double()",
                                   "(item * 0.1).requires_grad_()", "(item * 0.1).to(torch.bfloat16)",
                                   "[(row * 0.1).numpy() for row in item]", "[row * 0.1 for row in item]",
+                                  "[(row * 0.1).bfloat16() for row in item]",
                                   "tuple(tuple(x * 0.1 for x in row) for row in item.tolist())",
                                   "(item.numpy() * 0.1).view(numpy.matrix)",
                                   "list((item.numpy()[:, ::-1] * 0.1)[:, ::-1])",
@@ -185,6 +186,39 @@ def test_a_read_only_array_of_numpy_is_taken_without_a_warning(mine, folder, rec
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]
 
 
+@pytest.mark.parametrize("text", [
+    "torch.set_default_dtype(torch.float64)\ndef score(history, item):\n    return item * 0.1\n",
+    "def score(history, item):\n    torch.set_default_dtype(torch.float16)\n    return item * 0.1\n",
+    "torch.set_default_device('meta')\ndef score(history, item):\n    return item * 0.1\n",
+], ids=["dtype at the import", "dtype at the call", "device"])  # fmt: skip
+def test_a_reward_that_changes_torchs_defaults_is_refused_and_leaves_them_as_they_were(mine, capsys, folder, text):
+    """What a module does at its import holds for the first call alone, if it is undone; else for the policy as well."""
+    mine(f"import torch\n{text}")
+    line = refused(capsys, "--reward", "mine:score", "--out", "here")
+    assert "changes torch's default dtype or device" in line and not (folder / "here").exists()
+    assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float32, "cpu")
+
+
+def test_a_reward_that_changes_the_folder_does_not_take_the_run_with_it(mine, folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    mine(f"import os\ndef score(history, item):\n    os.chdir({str(elsewhere)!r})\n    return item * 0.1\n")
+    run("--reward", "mine:score", "--out", "here")
+    assert (folder / "here" / "report.md").exists() and not list(elsewhere.iterdir())
+
+
+def test_the_names_of_parts_are_those_of_the_first_call_in_one_order(mine):
+    """Each process asks about its own rows, and they gather one part after the other."""
+    mine("calls = []\ndef score(history, item):\n    calls.append(0)\n"
+         "    parts = [('a', item * 0.5), ('b', item * 0.25)]\n    return dict(parts[:: -1 if len(calls) % 2 else 1])\n"
+         "def fewer(history, item):\n    return {'a': item * 0.5, **({'b': item} if (item > 3).any() else {})}\n")
+    reward, item = own_reward("mine:score"), torch.tensor([[1, 2]])
+    assert [*reward(torch.zeros(1, 2), item)] == [*reward(torch.zeros(1, 2), item)] == ["a", "b"]
+    reward = own_reward("mine:fewer")
+    reward(torch.zeros(1, 2), item)
+    with pytest.raises(nano.UserError, match=r"parts \['a', 'b'\] instead of \['a'\]"):
+        reward(torch.zeros(1, 2), item + 3)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_reward_that_catches_everything_does_not_catch_a_signal(mine, folder, capsys, number):
     """`except:` catches KeyboardInterrupt too: the run ends before the next update."""
@@ -228,7 +262,7 @@ FAULTS = {
                                    ["not finite"]),
     "rows of unequal length": ("def score(history, item):\n    return [[1.0], [1.0, 2.0]]\n", ["inhomogeneous"]),
     "arrays of unequal length": ("import torch\ndef score(history, item):\n    return [torch.ones(1), torch.ones(2)]\n",
-                                 ["inhomogeneous"]),
+                                 ["equal size"]),
     "one argument": ("def score(item):\n    return item * 1.0\n", ["TypeError", "score() takes 1 positional"]),
     "no function": ("def other(history, item):\n    return item\n", ["AttributeError", "score"]),
     "not a function": ("score = 3\n", ["TypeError", "not callable"]),

@@ -673,7 +673,7 @@ def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monk
     with failing(monkeypatch, owner, name, FULL, count):
         line = refused(capsys, lambda: begin("here"))
     assert "No space left on device" in line
-    assert ("--resume here" in line) == (shop / "here" / "metrics.jsonl").exists()  # else nothing is there to go on with
+    assert ("--resume here" in line) == (shop / "here" / "metrics.jsonl").exists()  # or nothing is there to go on with
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
 
