@@ -102,6 +102,7 @@ def check_count(name, value, *, least=1):
     else:
         try:
             one, count = tuple(getattr(value, "shape", ())) == (), value.__index__()
+            one = one and not _dtype_has(value, "bool")
         except (AttributeError, TypeError, RuntimeError):  # RuntimeError: torch.vmap over it
             one = False
     if not one or count < least:
@@ -134,12 +135,16 @@ def as_number(name, value, *, traced_too=False):
 
 
 def _real(value):
-    """The float of a number; NumPy would convert a string and a complex number too."""
-    if isinstance(value, int):
+    """The float of a number; Python would convert True, and NumPy a string and a complex number too."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not hasattr(value, "__float__") or isinstance(value, str) or "complex" in str(getattr(value, "dtype", "")):
+    if not hasattr(value, "__float__") or isinstance(value, (bool, str)) or _dtype_has(value, "bool", "complex"):
         raise TypeError
     return float(stop_gradient(value))
+
+
+def _dtype_has(value, *words):
+    return any(word in str(getattr(value, "dtype", "")) for word in words)
 
 
 def check_finite(xp, name, value, array):

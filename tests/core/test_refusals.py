@@ -180,6 +180,8 @@ def test_a_message_names_the_expected_and_the_given_shape():
 # -- settings --------------------------------------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
+# Python takes True for 1; a switch where a number belongs is a slip.
+SWITCHES = True, False, np.bool_(True), np.asarray(True), torch.tensor(True), jnp.asarray(True)
 WRONG_SETTINGS = [
     *[
         (function, "tau", wrong)
@@ -218,7 +220,7 @@ WRONG_SETTINGS = [
         (function, name, wrong)
         for function in ARGUMENTS
         for name in inspect.signature(getattr(core, function)).parameters
-        for wrong in (None, "a", [0.3], 1j, np.asarray([0.3, 0.3]))
+        for wrong in (None, "a", [0.3], 1j, np.asarray([0.3, 0.3]), *SWITCHES)
         if name in ("tau", "rho", "eps", "correction", "epsilon", "epsilon_high", "beta", "lam", "tol", "k", "m")
         if not (name == "epsilon_high" and wrong is None)
     ],
