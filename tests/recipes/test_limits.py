@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from case import GATE, K, by_hand, in_stack, make, moved, relative
-from extra_row import advantage_rows, repeats_of_truth
+from case import GATE, B, K, by_hand, in_stack, make, moved, relative
+from extra_row import advantage_rows, negative_rows, repeats_of_truth, same_prompt
 
 import adagrpo_core as core
 
@@ -72,6 +72,73 @@ def test_rollouts_that_repeat_the_truth_never_beat_it_however_they_were_rounded(
     advantages, admitted = advantage_rows(backend(logp), *given[1:], backend(repeats))
     assert admitted.tolist() == [True] * 5
     np.testing.assert_array_equal(advantages, advantage_rows(backend(logp), *given[1:])[0])
+
+
+@pytest.mark.parametrize("tol", [-1e-4, float("nan"), float("inf"), True, None, "1e-4", np.ones(2)], ids=str)
+def test_a_tolerance_that_is_no_finite_number_from_zero_on_is_refused(tol):
+    with pytest.raises(ValueError, match=r"^tol: expected a finite number >= 0"):
+        make().rows(tol=tol)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1), (K,), (1, K), (B, 1), (B, K + 1), (K, B)], ids=str)
+@pytest.mark.parametrize("backend", [np.zeros, torch.zeros, jnp.zeros])
+def test_repeats_of_another_shape_than_the_rollouts_are_refused_and_nothing_broadcasts(backend, shape):
+    into = {np.zeros: np.asarray, torch.zeros: torch.from_numpy, jnp.zeros: jnp.asarray}[backend]
+    rows = [into(np.random.default_rng(0).normal(size=each)) for each in ((B, K + 1), (B, K + 1), (B, 1))]
+    with pytest.raises(ValueError, match=r"^repeats: expected a boolean array of shape"):
+        advantage_rows(*rows, backend(shape) > 1)
+    for wrong in (backend((B, K)), [[False] * K] * B, 0):  # numbers, lists
+        with pytest.raises(ValueError, match=r"^repeats: expected a boolean array of shape"):
+            advantage_rows(*rows, wrong)
+    advantage_rows(*rows, backend((B, K)) > 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("library", [np, torch, jnp])
+def test_rows_in_half_precision_are_judged_in_float32(library, dtype):
+    """By a tol that half precision would round away, and with a K+1 that bfloat16 does not hold."""
+    if (library, dtype) == (np, "bfloat16"):
+        return  # which NumPy does not have
+    k, kind = 258, getattr(library, dtype)
+    logp = np.full((2, k + 1), -4.0)
+    logp[0, :k] = -3.75  # likelier than the truth
+    rewards = np.tile(np.arange(k + 1) % 128, (2, 1))
+    rewards[:, -1] = 200
+
+    def rows(kind):
+        def into(x):
+            return torch.tensor(x, dtype=kind) if library is torch else library.asarray(x, dtype=kind)
+
+        return advantage_rows(into(logp), into(rewards), into(np.full((2, 1), -1.0)), rho=0.5, tol=1e-4)
+
+    advantages, admitted = rows(kind)
+    expected, wanted = rows(library.float32)
+    assert admitted.tolist() == wanted.tolist() == [True, False]  # equal likelihoods do not beat the truth
+    assert "float32" in str(advantages.dtype) and advantages[:, -1].tolist() == [k + 1, k + 1]
+    np.testing.assert_array_equal(np.asarray(advantages), np.asarray(expected))
+    logp[1, :k] = -3.984375  # one step of bfloat16 likelier: within a tol of .0157, half precision or not
+    assert rows(kind)[1].tolist() == [True, True]
+
+
+def test_a_response_may_be_a_list_a_tuple_or_a_text_and_odd_ones_are_refused():
+    assert repeats_of_truth([[1, 2], [1, 3], (1, 2), (), [2], []], 2) == [[True, False], [True, False]]
+    assert repeats_of_truth(["a b", "a", "a b"], 2) == [[True, False]]
+    with pytest.raises(ValueError, match=r"expected groups of k\+1=3 rows, got 4 rows"):
+        repeats_of_truth([[1]] * 4, 2)
+    for odd, name in ((torch.ones(3, 2), "Tensor"), (np.ones((3, 2)), "ndarray"), ([None] * 3, "NoneType")):
+        with pytest.raises(ValueError, match=f"expected lists of tokens, or else texts, got {name}"):
+            repeats_of_truth(odd, 2)
+    with pytest.raises(ValueError, match="got both"):
+        repeats_of_truth(["1", [1], [1]], 2)
+
+
+def test_rollouts_of_a_copy_of_the_prompt_are_negatives_only_where_nothing_else_is_left():
+    prompts, k = ["a", "b", "a", [{"content": "a"}]], 3
+    for seed in range(20):
+        keys = np.random.default_rng(seed).random((4, 4 * k)) + np.asarray(same_prompt(prompts, k))
+        rows = negative_rows(keys, k=k, m=2 * k)
+        assert {*rows[0] // (k + 1)} == {*rows[2] // (k + 1)} == {1, 3} and (rows % (k + 1) < k).all()
+        assert {*negative_rows(keys, k=k, m=3 * k)[0] // (k + 1)} == {1, 2, 3}
 
 
 def test_a_prompt_without_negatives_is_not_admitted():
