@@ -15,11 +15,18 @@ import jax.numpy as jnp
 from extra_row import advantage_rows, core
 
 
-def with_truth(example, truth_ids, *, k, pad_id):
-    """The last of each group's k+1 completions gives way to the ground truth, (B, L), padded on the right."""
-    rows = jnp.arange(truth_ids.shape[0]) * (k + 1) + k
-    completion_ids = example.completion_ids.at[rows].set(truth_ids)
-    return example.replace(completion_ids=completion_ids, completion_mask=completion_ids != pad_id)
+def with_truth(example, truth_ids, truth_mask, *, k):
+    """The last of each group's k+1 completions gives way to the ground truth, (B, L), padded on the right.
+
+    truth_mask (B, L): true where a token counts, the end of sequence too. The padding's id may be that of the end of
+    sequence, so a mask cannot be read off the ids.
+    """
+    ids, mask = core.group(example.completion_ids, k + 1), core.group(example.completion_mask, k + 1)  # (B, K+1, L)
+    for name, truth in (("truth_ids", truth_ids), ("truth_mask", truth_mask)):
+        if truth.shape != ids[:, k].shape:
+            raise ValueError(f"{name}: expected shape (B, L) = {ids[:, k].shape}, got {truth.shape}; pad to L")
+    ids, mask = ids.at[:, k].set(truth_ids), mask.at[:, k].set(truth_mask)
+    return example.replace(completion_ids=core.ungroup(ids), completion_mask=core.ungroup(mask))
 
 
 def with_advantages(example, token_logp, rewards, negative_rewards, *, k, **gate):

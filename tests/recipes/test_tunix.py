@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The Tunix recipe: its real GRPO loss on our rows, compiled, against the objective written out by hand in PyTorch."""
 
+import dataclasses
 import importlib.util
 import sys
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -50,12 +52,12 @@ def gradient(tunix, case, W, *, mode="sequence-mean-token-mean", on_policy=True)
         prompt_ids=jnp.repeat(jnp.arange(B), K + 1)[:, None],
         prompt_mask=jnp.ones((B * (K + 1), 1), bool),
         completion_ids=tokens.at[:, K].set(PAD).reshape(-1, L),
-        completion_mask=mask,
+        completion_mask=mask.at[K :: K + 1].set(False),  # of another length than the truth that takes the place
         advantages=None,
         ref_per_token_logps=None,
         old_per_token_logps=None if on_policy else logp,
     )
-    example = tunix_adagrpo.with_truth(example, tokens[:, K], k=K, pad_id=PAD)
+    example = tunix_adagrpo.with_truth(example, tokens[:, K], jnp.asarray(case.mask[:, K].numpy()), k=K)
     assert (example.completion_ids == tokens.reshape(-1, L)).all() and (example.completion_mask == mask).all()
     rewards, negative_rewards = jnp.asarray(case.rewards.flatten().numpy()), jnp.asarray(case.negative_rewards.numpy())
     example, admitted = tunix_adagrpo.with_advantages(example, logp, rewards, negative_rewards, k=K, **GATE)
@@ -89,3 +91,42 @@ def test_tunixs_own_advantages_are_ours_with_its_eps_and_correction(tunix):
     theirs = tunix.core.compute_advantages(rewards.flatten(), K)
     ours = core.group_advantages(rewards, eps=1e-6, correction=1)
     np.testing.assert_allclose(theirs, ours.flatten(), rtol=1e-12)
+
+
+@dataclass
+class Example:
+    """The fields of Tunix's TrainExample that the recipe's `with_truth` touches."""
+
+    completion_ids: object
+    completion_mask: object
+    replace = dataclasses.replace
+
+
+@pytest.mark.parametrize("kind", [bool, int])
+def test_where_padding_and_the_end_of_sequence_are_one_id_no_row_loses_its_end(kind):
+    import jax.numpy as jnp
+    import tunix_adagrpo
+
+    end, k = 0, 2
+    ids = jnp.asarray([[5, 6, end, end], [7, end, end, end], [8, 8, 8, 8]] * 2)
+    mask = jnp.asarray([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]] * 2).astype(kind)
+    truth, counts = jnp.asarray([[1, end, end, end], [2, 3, 4, end]]), jnp.asarray([[1, 1, 0, 0], [1, 1, 1, 1]])
+    found = tunix_adagrpo.with_truth(Example(ids, mask), truth, counts.astype(bool), k=k)
+    assert found.completion_mask.dtype == mask.dtype and found.completion_ids.dtype == ids.dtype
+    for row in range(6):
+        of_truth = row % 3 == 2
+        assert found.completion_ids[row].tolist() == (truth[row // 3] if of_truth else ids[row]).tolist()
+        assert found.completion_mask[row].tolist() == (counts[row // 3] if of_truth else mask[row]).tolist()
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 1), (2, 3), (2, 5), (3, 4), (1, 1), ()], ids=str)
+def test_a_truth_of_another_shape_is_refused_and_nothing_broadcasts(shape):
+    import jax.numpy as jnp
+    import tunix_adagrpo
+
+    example = Example(jnp.ones((6, 4), int), jnp.ones((6, 4), bool))
+    good, wrong = jnp.ones((2, 4), int), jnp.ones(shape, int)
+    for name, given in (("truth_ids", (wrong, good)), ("truth_mask", (good, wrong))):
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape \(B, L\) = \(2, 4\), got "):
+            tunix_adagrpo.with_truth(example, *given, k=2)
+    tunix_adagrpo.with_truth(example, good, good, k=2)
