@@ -27,7 +27,7 @@ the place in the group, so they cannot score a negative. normalize_ctr_reward st
 
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, which_core
 
 
 def is_truth(trainer, i, n):
@@ -51,7 +51,8 @@ def adagrpo_advantages(trainer, prompts, completions, ids, attend, counts, rewar
     negative_rewards = torch.full((B, negatives), torch.nan, device=rewards.device)
     if B > 1:  # a last batch of one prompt has no other prompts: nobody is admitted
         make = torch.Generator().manual_seed(trainer.args.seed + trainer.state.global_step)  # the same on every process
-        drawn = negative_rows(torch.rand(B, B * k, generator=make), k=k, m=negatives).tolist()
+        copies = torch.tensor(same_prompt(gather_object(prompts)[:: k + 1], k))  # their rollouts come last
+        drawn = negative_rows(torch.rand(B, B * k, generator=make) + copies, k=k, m=negatives).tolist()
         # Every row scores one negative under its own prompt, so that it does not matter where a group is split.
         first = trainer.accelerator.process_index * len(prompts)
         mine = [everyone[drawn[p // (k + 1)][p % (k + 1) % negatives]] for p in range(first, first + len(prompts))]

@@ -14,7 +14,7 @@ The label of a prompt is its ground truth as text. To adapt: `truth_ids`, `score
 """
 
 import torch
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, which_core
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 GATE = {"lam": 1.0, "ties": "min"}
@@ -41,7 +41,9 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
         """Rollouts come one by one, groups side by side; the last of each group gives way to the ground truth."""
         n = self.args.rollout.n_samples_per_prompt
         for sample in rollout_samples[n - 1 :: n]:
-            prompt = sample.sequences[0, : int(sample.action_mask[0].int().argmax()) + 1]  # masks start at token 1
+            # Masks start at token 1. Behind a prompt that fills the context there is no response, and all of it is 0.
+            masked = torch.nn.functional.pad(sample.action_mask[0].bool(), (0, 1), value=True)
+            prompt = sample.sequences[0, : int(masked.int().argmax()) + 1]
             truth = torch.tensor(truth_ids(sample.labels[0], self.tokenizer))
             sample.sequences = torch.cat([prompt, truth])[None]
             sample.attention_mask = torch.ones_like(sample.sequences)
@@ -72,7 +74,9 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
         B = len(rows) // (k + 1)
         negatives = torch.full((B, NEGATIVES), torch.nan)
         if B > 1:  # a last batch of one prompt has no other prompts: nobody is admitted
-            drawn = negative_rows(torch.rand(B, B * k, generator=self.generator), k=k, m=NEGATIVES).tolist()
+            copies = torch.tensor(same_prompt([rows[b * (k + 1)][0] for b in range(B)], k))  # their rollouts come last
+            keys = torch.rand(B, B * k, generator=self.generator) + copies
+            drawn = negative_rows(keys, k=k, m=NEGATIVES).tolist()
             pairs = [(rows[b * (k + 1)], rows[row]) for b in range(B) for row in drawn[b]]
             scores = score([own[0] for own, _ in pairs], [other[1] for _, other in pairs], [own[2] for own, _ in pairs])
             negatives = torch.tensor(scores, dtype=rewards.dtype).reshape(B, NEGATIVES)

@@ -17,7 +17,7 @@ rows, which group_by refuses as a ragged group.
 import numpy as np
 import torch
 import transfer_queue as tq
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt
 from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
@@ -67,7 +67,9 @@ class AdaGRPOTrainer(PPOTrainerSync):
         )
         B = len(order) // (k + 1)
         make = torch.Generator().manual_seed(self.global_steps)
-        rows = order[negative_rows(torch.rand(B, B * k, generator=make), k=k, m=NEGATIVES).numpy()]  # (B, M)
+        keys = torch.rand(B, B * k, generator=make)
+        keys += torch.tensor(same_prompt([prompts[row] for row in order[:: k + 1]], k))  # rollouts of copies come last
+        rows = order[negative_rows(keys, k=k, m=NEGATIVES).numpy()]  # (B, M)
         own = [prompts[order[b * (k + 1)]] for b in range(B) for _ in range(NEGATIVES)]
         negative = torch.as_tensor(score(own, [responses[row] for row in rows.flatten()])).reshape(B, NEGATIVES)
 

@@ -72,6 +72,25 @@ def test_the_truth_is_the_last_row_of_a_group_that_two_processes_share():
         assert found == ([False] * K + [True]) * 2
 
 
+def test_rollouts_of_a_copy_of_the_prompt_are_no_negatives():
+    from minionerec_adagrpo import adagrpo_advantages
+
+    case, n = make(dtype=torch.float32), K + 1
+    asked = []
+
+    def ranker(prompts, completions):
+        asked.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    prompts = [("b" if row // n == 1 else "a") for row in range(B * n)]
+    completions = [f"row {row}" for row in range(B * n)]
+    trainer = trainer_of(case, ranker)
+    adagrpo_advantages(trainer, prompts, completions, None, None, case.flat_mask().int(), case.rewards.flatten(), {},
+                       **GATE)  # fmt: skip
+    assert len(asked) == B * n
+    assert all((int(text.split()[1]) // n == 1) == (prompt == "a") for prompt, text in asked)
+
+
 def test_a_batch_of_one_prompt_has_no_negatives_and_admits_nobody():
     from minionerec_adagrpo import adagrpo_advantages
 

@@ -87,15 +87,15 @@ def maker(cls, n=K + 1):
     return made
 
 
-def samples(case):
-    """Rollouts as the samples generator hands them over: prompt b is b + 1 tokens long."""
+def samples(case, last=(5, 5)):
+    """Rollouts as the samples generator hands them over: prompt b is b + 1 tokens long. last: what will give way."""
     from openrlhf.trainer.ppo_utils.experience import Experience
 
     made = []
     for b in range(B):
         truth = case.tokens[b, K][case.mask[b, K]].tolist()
         for k in range(K + 1):
-            response = case.tokens[b, k][case.mask[b, k]] if k < K else torch.tensor([5, 5])  # will give way
+            response = case.tokens[b, k][case.mask[b, k]] if k < K else torch.tensor(last, dtype=torch.long)
             sequence = torch.cat([torch.full((b + 1,), 90 + b), response])
             made.append(
                 Experience(
@@ -114,7 +114,8 @@ def samples(case):
     return made
 
 
-def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_advantage(monkeypatch):
+@pytest.mark.parametrize("last", [(5, 5), ()], ids=["a response", "an empty one"])
+def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_advantage(monkeypatch, last):
     import openrlhf_adagrpo
 
     case = make(ragged=True, dtype=torch.float32)
@@ -144,7 +145,12 @@ def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_
     monkeypatch.setattr(openrlhf_adagrpo, "GATE", GATE)
     made = maker(openrlhf_adagrpo.AdaGRPOExperienceMaker)
     made.generator = torch.Generator().manual_seed(0)
-    experiences = made.make_experience_batch(samples(case))
+    given = samples(case, last)
+    whole = [sample.sequences[0, : b + 1].tolist() for b, sample in enumerate(given[K :: K + 1])]
+    experiences = made.make_experience_batch(given)
+    assert [sample.sequences[0, : b + 1].tolist() for b, sample in enumerate(given[K :: K + 1])] == whole
+    assert [sample.action_mask[0].tolist() for sample in given[K :: K + 1]] == [
+        [0] * b + [1] * int(case.mask[b, K].sum()) for b in range(B)]  # the prompt is as long as it was
 
     case.negative_rewards = case.negative_rewards[:, :1]
     expected, admitted = case.rows()
@@ -164,6 +170,19 @@ def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_
             assert batch.advantages[row, mask].tolist() == [float(K + 1) if index == K else 0.0] * int(mask.sum())
     assert len(asked) == B
     assert all(any(response in groups[b] for b in range(B) if b != int(prompt)) for prompt, response in asked)
+
+    # The same prompt in all groups but the second: its rollouts are no negatives of its copies.
+    alike, asked = samples(case), []
+    for n, sample in enumerate(alike):
+        sample.prompts = ["b" if n // (K + 1) == 1 else "a"]
+
+    def any_score(prompts, responses, labels):
+        asked.extend(zip(prompts, responses, strict=True))
+        return [0.0] * len(prompts)
+
+    monkeypatch.setattr(openrlhf_adagrpo, "score", any_score)
+    made.make_experience_batch(alike)
+    assert all((response in groups[1]) == (prompt == "a") for prompt, response in asked[B:]) and len(asked) == 2 * B
 
 
 def openrlhfs_advantages(rewards):
