@@ -16,25 +16,18 @@ from collections import defaultdict
 
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, which_core
 from trl import GRPOTrainer
+from trl_checks import check_model, check_settings, target_ids, total_rewards
 
 
 class AdaGRPOTrainer(GRPOTrainer):
     def __init__(self, *positional, args, negatives=1, gate=None, **keyword):
         """negatives: M, at most K+1. gate: settings of advantage_rows, such as {"lam": 0.5, "ties": "max"}."""
-        needed = {"loss_type": "grpo", "beta": 0.0, "temperature": 1.0, "num_iterations": 1, "entropy_coef": 0.0,
-                  "use_adaptive_entropy": False, "top_entropy_quantile": 1.0, "mask_truncated_completions": False,
-                  "off_policy_mask_threshold": None, "disable_dropout": True,
-                  "scale_rewards": "group", "multi_objective_aggregation": "sum_then_normalize",
-                  "steps_per_generation": args.gradient_accumulation_steps}  # fmt: skip
-        for name, value in needed.items():
-            if getattr(args, name) != value:
-                raise ValueError(f"{name}: expected {value!r}, got {getattr(args, name)!r}; see docs/vendoring.md")
-        if not 1 <= negatives <= args.num_generations:
-            raise ValueError(f"negatives: expected 1 to num_generations={args.num_generations}, got {negatives}")
+        check_settings(args, negatives)
         self.negatives, self.gate = negatives, gate or {}
         super().__init__(*positional, args=args, **keyword)
+        check_model(self.model)  # now that TRL has turned off what it can
         self.accelerator.print(which_core())
 
     def _positions(self, n):
@@ -48,42 +41,43 @@ class AdaGRPOTrainer(GRPOTrainer):
         ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         for row, position in enumerate(self._positions(len(ids))):
             if self.model.training and self._is_truth(position):
-                ids[row] = list(self._targets[row])
+                ids[row] = self._targets[row]
                 if logprobs is not None:  # vLLM's; without any, TRL takes the ratio to the sampler to be 1
                     logprobs[row] = [None] * len(ids[row])
         return ids, logprobs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        def score(completions, ids):
-            each = super(AdaGRPOTrainer, self)._calculate_rewards(inputs, prompts, completions, ids)
-            total = (each * self.reward_weights.to(each.device)).nansum(1)
-            return each, core.group(total.masked_fill(each.isnan().all(1), torch.nan), self.num_generations)
-
         if not self.model.training:  # groups of num_generations_eval rows, no truth among them
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for position, ids, truth in zip(self._positions(len(prompts)), completion_ids_list, self._targets, strict=True):
-            if self._is_truth(position) and list(ids) != list(truth):
+            if self._is_truth(position) and list(ids) != truth:
                 raise ValueError("the last completion of a group is not its target_ids: rollout_func, tools and "
                                  "environments do not go with this recipe")  # fmt: skip
-        each, total = score(completions, completion_ids_list)  # of all processes
+        score = super()._calculate_rewards
+        each = score(inputs, prompts, completions, completion_ids_list)  # of all processes
         texts, ids = gather_object(completions), gather_object(completion_ids_list)
-        B, K = total.shape[0], total.shape[1] - 1
+        K = self.num_generations - 1
+        B = len(ids) // (K + 1)
         make = torch.Generator().manual_seed(self.args.seed + self.state.global_step)  # the same on every process
-        rows = negative_rows(torch.rand(B, B * K, generator=make), k=K, m=self.negatives).tolist()
+        copies = torch.tensor(same_prompt(gather_object(prompts)[:: K + 1], K))  # their rollouts come last
+        rows = negative_rows(torch.rand(B, B * K, generator=make) + copies, k=K, m=self.negatives).tolist()
         # Every row scores one negative under its own prompt: groups may be split, so each process scores its own.
         mine = [rows[p // (K + 1)][p % (K + 1) % self.negatives] for p in self._positions(len(prompts))]
         logged = self._pending_extra_logs, self._pending_metrics  # what the reward logs is of the group alone
         self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
-        _, negative = score([texts[row] for row in mine], [ids[row] for row in mine])
+        negatives = score(inputs, prompts, [texts[row] for row in mine], [ids[row] for row in mine])
         self._pending_extra_logs, self._pending_metrics = logged
-        repeats = torch.tensor(repeats_of_truth(ids, K), device=total.device)
-        self._rewards = total, negative[:, : self.negatives], repeats
+        repeats = torch.tensor(repeats_of_truth(ids, K), device=each.device)
+        pool = torch.cat([core.group(each, K + 1), core.group(negatives, K + 1)], dim=1)
+        total = total_rewards(pool, self.reward_weights, self.reward_func_names)
+        self._rewards = total[:, : K + 1], total[:, K + 1 :][:, : self.negatives], repeats
         return each
 
     def _generate_and_score_completions(self, inputs):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._targets = [example["target_ids"] for example in inputs]
+        words = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
+        self._targets = target_ids(inputs, self.eos_token_ids, self._tokenizer.pad_token_id, words)
         batch = super()._generate_and_score_completions(inputs)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attend = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -95,6 +89,7 @@ class AdaGRPOTrainer(GRPOTrainer):
         advantages, admitted = advantage_rows(logp, *self._rewards, **self.gate)
         here = self._positions(len(inputs))
         batch["advantages"] = core.ungroup(advantages)[here.start : here.stop]
+        self._logs["advantages"].extend(core.ungroup(advantages).tolist())  # it holds one batch: TRL's own drop out
         self._metrics["train"]["adagrpo/nll"].append(-logp[:, -1].mean().item())  # TRL's own loss is a constant now
         self._metrics["train"]["adagrpo/admitted"].append(admitted.float().mean().item())
         return batch
