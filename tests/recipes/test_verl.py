@@ -122,6 +122,12 @@ def test_the_recipes_trainer_gives_every_row_its_advantage_whatever_the_order(mo
         own = len(prompt) - 1
         assert any(tuple(response) in group for b, group in enumerate(groups) if b != own)
 
+    # The same prompt in all groups but the second: its rollouts are no negatives of its copies.
+    store["prompts"] = nested([torch.tensor([int(n // (K + 1) == 1)]) for n in range(len(order))])
+    asked.clear()
+    trainer._compute_advantage(batch, {})
+    assert len(asked) == B and all((tuple(response) in groups[1]) == (prompt == [0]) for prompt, response in asked)
+
 
 def test_the_recipes_agent_loop_answers_with_the_truth_in_the_last_session_only(monkeypatch):
     import verl_adagrpo
