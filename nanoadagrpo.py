@@ -16,7 +16,7 @@ R is 1 if the ranker ranks the true item high, and negatives (other prompts' rol
 `adagrpo_core` has the formulas, by the paper's equation numbers (1 to 10). Part I is the method; Part II the
 shop: data, toy world, ranker, models; Part III the workshop: processes, checkpoints, report, command line.
 
-Where this differs from the paper, or the paper is silent (for those who know it; else go on below):
+Where this differs from the paper, or the paper is silent (at first reading, go on to Part I):
  1. The paper's data, ranker and language model are proprietary: a toy world or public data take their place.
  2. Its lambda, epsilon, learning rate, K and M are unknown to us. Epsilon is PPO's 0.2; the others, and rho
     (0.3, where the paper has 0.1), were chosen on seeds 0-3 of the toy.
@@ -82,10 +82,10 @@ import adagrpo_core as core
 
 # == Part I: the method ======================================================================================
 # Shape letters: B prompts, H items of a history, T tokens of a prompt; K rollouts and M negatives of each
-# prompt; L tokens of a Semantic ID; V tokens in the policy's vocabulary, of which S are SID tokens, of all
-# levels; N items; W beams; b, m and n are explained where they are used. The truth, or target, is the item
-# that came next. An item is its row number in `catalogue.tokens` (N, L); `catalogue.item` finds it by its
-# tokens. -1 is no item: padding on the left of a history, or a hallucination (L tokens that are no item's).
+# prompt; L tokens of a Semantic ID; V tokens in the policy's vocabulary, S of them SID tokens, of all levels;
+# N items; W beams. The truth, or target, is the item that came next. An item is its row number in
+# `catalogue.tokens` (N, L); `catalogue.item` finds it by its tokens. -1 is no item: padding on the left of a
+# history, or a hallucination (L tokens that are no item's).
 
 
 # The flags of the command line: at first reading, go on to the policy.
@@ -151,20 +151,20 @@ class PromptCache(NamedTuple):
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
-    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the first SID token; the prompt is 1 branch
+    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the answer's first token; 1: the tree's root
     target_logp: torch.Tensor | None = None  # (B, L) log-probabilities of the truth's tokens, if asked for
 
     def rows(self, index):
         kv_cache = [(k[index], v[index]) for k, v in self.kv_cache]
-        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])  # all that the tree needs
+        return PromptCache(kv_cache, self.mask[index], self.next_logp[index])  # no target_logp
 
 
 class Policy:
     """A Hugging Face causal language model whose vocabulary, cut in Part II, is Semantic IDs and little else.
 
     Its V token ids: 0 to S - 1 are the SID tokens of all levels, as the catalogue numbers them; S is <next>,
-    which ends each prompt (query token); S + 1 is <start>, which begins it, if the model has one. A history
-    of two items is the prompt <start><a_1><b_7><c_3><a_4><b_0><c_9><next>, an answer <a_4><b_2><c_5>.
+    which ends each prompt (query token); S + 1 is <start>, which begins it, if the model has one. If L = 3,
+    two items make a prompt <start><a_1><b_7><c_3><a_4><b_0><c_9><next>; an answer is <a_4><b_2><c_5>.
     """
 
     def __init__(self, model, catalogue, cfg, tokenizer=None):
@@ -178,13 +178,13 @@ class Policy:
         self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bool(cfg.model) and able)
 
     def forward(self, tokens, attention_mask, kv_cache=None, keep=0):
-        """Run n new tokens (B, n); attention_mask (B, n, cached + n) is True where token i may see token j.
+        """Run n new tokens (B, n); attention_mask (B, n, cached + n): which cached and new ones each may see.
 
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
-        is not 0; and the KV cache, longer by n. Positions count what is seen: siblings of a tree share one.
+        is not 0; and the KV cache, longer by n.
         """
-        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # how many others a token sees; padding: 0
-        # Added to the attention scores. Not -inf: padding sees nothing, and a softmax of -inf alone is NaN.
+        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # others seen (siblings: as many; padding: 0)
+        # Added to the attention scores. Not -inf: padding may see nothing; a softmax of -inf alone is NaN.
         mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
         mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
         cache = DynamicCache(kv_cache)  # appends by making new tensors: kv_cache stays as it was
@@ -200,14 +200,14 @@ def prefill(policy, history, target=None):
     """Run histories (B, H) once -> PromptCache, with log-probabilities of the items `target` (B,), if given.
 
     A single pass over prompt and truth gives both: attention is causal, so the truth changes nothing before
-    it. The truth's keys and values are cut off again.
+    it.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = torch.where(history[..., None] >= 0, policy.catalogue.tokens[history], -1)  # (B, H, L)
     tokens = F.pad(tokens.flatten(1), (0, 1), value=policy.query)  # (B, H * L + 1), -1 at padding
     if policy.start is not None:  # left of the padding, which the mask hides
         tokens = F.pad(tokens, (1, 0), value=policy.start)
-    T, keep = tokens.shape[1], 1  # `keep`: how many tokens, counted from the end, predict; here <next> alone
+    T, keep = tokens.shape[1], 1  # the last `keep` tokens predict; here <next> alone
     if target is not None:  # L tokens predict the truth: <next>, and the truth's own but for the last
         truth, keep = policy.catalogue.tokens[target], policy.catalogue.L
         tokens = torch.cat([tokens, truth[:, :-1]], 1)
@@ -220,8 +220,8 @@ def prefill(policy, history, target=None):
 
 
 # A tree of Semantic IDs grows on each prompt, one token per level. At first the prompt is its only branch. At
-# each level a function `select` sees the m branches that there are, and chooses n that are one token longer:
-# beam(50) makes it a beam search, sample(...) makes it sample. `tree_decode` does the rest. `select` is given
+# each level a function `select`, made by sample(...) or beam(...), chooses n branches one token longer than
+# the m that there are; `tree_decode` does the rest. `select` is given
 #     prefix (B, m, level), the tokens of each branch so far; next_logp (B, m, V), log-probabilities of all
 #     tokens that could follow; branch_logp (B, m), the log-probability of each branch
 # and returns parent (B, n) and token (B, n): new branch j is the old branch parent[j], then token[j].
@@ -241,10 +241,10 @@ def sample(uniform):
     """
 
     def select(prefix, next_logp, branch_logp):
-        B, m, level = prefix.shape  # m is 1 at level 0, and then n
+        B, m, level = prefix.shape
         cdf = next_logp.float().exp().cumsum(-1)  # (B, m, V); the last one is 1 but for rounding
         u = uniform[level].view(B, m, -1)  # (B, 1, n) at level 0, and then (B, n, 1): one per branch
-        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # as u; rounding may give V, no token
+        token = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # shaped as u; rounding may give V
         return unbranched(prefix, uniform.shape[-1]), token.clamp(max=cdf.shape[-1] - 1).flatten(1)
 
     return select
@@ -263,7 +263,7 @@ def beam(width):
 
 
 def tree_decode(policy, cache, select):
-    """Grow a tree on each prompt -> tokens and log-probabilities (B, n, L) of its branches, with gradient.
+    """Grow a tree on each prompt -> tokens and log-probabilities (B, n, L) of its branches.
 
     The m branches of a level are run as ONE sequence of m tokens. The attention mask shows each of them the
     prompt, its ancestors and itself: so the prompt is never repeated. An example: after a prompt of 3 tokens,
@@ -273,7 +273,7 @@ def tree_decode(policy, cache, select):
         x      1 1 1   1 0   1 0
         y      1 1 1   1 0   0 1
 
-    To choose parents is to select rows of this mask, some more than once; the KV cache stays as it is.
+    To choose parents is to select rows of this mask, some more than once; the KV cache only grows.
     """
     kv_cache, next_logp, B = cache.kv_cache, cache.next_logp, len(cache.mask)
     mask = cache.mask[:, None]  # (B, m, T + tokens of the tree that were run): what each branch sees
@@ -302,7 +302,7 @@ def sequence_logp(policy, cache, tokens):
     depth = L - 1  # tokens that are run: nothing comes after the last
     causal = cache.mask.new_ones(depth, depth).tril()  # the mask within a block
     blocks = torch.block_diag(*[causal] * n).expand(B, -1, -1)  # (B, n * depth, n * depth)
-    mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), blocks], -1)  # prompt and blocks
+    mask = torch.cat([cache.mask[:, None].expand(B, n * depth, -1), blocks], -1)
     next_logp, _ = policy.forward(tokens[..., :-1].flatten(1), mask, cache.kv_cache)
     others = next_logp.view(B, n, depth, -1).gather(-1, tokens[..., 1:, None])[..., 0]
     return torch.cat([first, others], -1)
@@ -310,15 +310,15 @@ def sequence_logp(policy, cache, tokens):
 
 # -- the step: roll out, score, judge, learn -----------------------------------------------------------------
 # Every process knows the whole batch and draws all random numbers for it, but runs only its own slices.
-# Helpers from later parts, to be looked up when they are met:
+# Helpers from later parts (come back to this list for them):
 #   make_generator(...)       random numbers by seed and purpose; batches(...) draws the prompts of all steps
 #   batch.rows(part)          some rows of batch.history (B, H) and of batch.target (B,), the true items
 #   local_micro_batches(...)  `parts`, the slices of the batch that this process runs; often only one
-#   all_gather(pieces)        the rows of all slices and processes, joined; sum_gradients(...) adds up theirs
-#   diagnostics(...)          shares and means, to log alone
-#   constrained(select, ...)  lets `select` choose only items, if --constrained
+#   all_gather(pieces)        the rows of all slices and processes, joined; sum_gradients(...) over processes
+#   diagnostics(...)          shares and means, only logged
+#   constrained(select, ...)  items only, if --constrained; `distinct`: beams
 #   reward_of(...)            reward_fn's scores (B, n) of the whole batch; means of its named terms, to log
-#   Optimizer.step(...)       clips, moves the weights, clears gradients; stops the run at what is not finite
+#   Optimizer.step(...)       AdamW with a falling rate, clipping, zero_grad; stops at what is not finite
 
 
 class Method(NamedTuple):
@@ -338,12 +338,12 @@ METHODS = {
     "grpo+nll": Method(True, lambda D, R, *_: torch.ones_like(D)),
     "adagrpo-d": Method(True, lambda D, R, *_: D),
     "adagrpo-r": Method(True, lambda D, R, *_: R),
-    "adagrpo": Method(True, lambda D, R, *_: core.sample_clip(D, R)),  # D and R
+    "adagrpo": Method(True, lambda D, R, *_: core.sample_clip(D, R)),  # eq. 10
     "random-gate": Method(True, random_gate),  # control, not in the paper
 }
 
 
-@torch.no_grad()  # samples need no graph: `learn` runs those of the admitted, often a tenth, again with it
+@torch.no_grad()  # the samples' graph is built by `learn`, for the admitted ones alone, often a tenth
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
@@ -353,36 +353,36 @@ def rollout(policy, batch, parts, K, generator):
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, keep_graph = [], len(parts) == 1  # with one part, the last `cache` is the only one
+    pieces, keep_graph = [], len(parts) == 1
     for part in parts:
-        with torch.set_grad_enabled(keep_graph):  # prompts and truths: `learn` needs their graph in any case
+        with torch.set_grad_enabled(keep_graph):  # prompts and truths: `learn` needs the graph of all
             cache = prefill(policy, batch.history[part], batch.target[part])
         select = constrained(sample(uniform[:, part]), policy.constraint)
-        pieces.append((*tree_decode(policy, cache, select), cache.target_logp))  # three tensors per part
-    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))  # the same three, all parts joined
+        pieces.append((*tree_decode(policy, cache, select), cache.target_logp))
+    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))  # all parts joined
     return tokens, logp, target_logp, (cache if keep_graph else None)
 
 
 def draw_negatives(items, prompt_rows, M, generator):
-    """For each prompt M random rollouts of others: (B, K) -> (B, M). Copies share their prompt_rows (B,)."""
+    """For each prompt M random rollouts of others: (B, K) -> (B, M). Equal prompt_rows (B,): same prompt."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # (prompts, rollouts of all)
-    # A prompt gets the M rollouts of smallest key, none of its own K. + 1: those of its copies come last.
+    # A prompt gets the M of smallest key, none of its own K. + 1: rollouts of an equal prompt come last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
 
-def learn(policy, batch, judged, cache, method, cfg):
+def learn(policy, batch, selected, cache, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `judged` is empty if nobody is admitted, else rows (A,) of the admitted in the micro-batch, tokens and old
+    `selected` is () if nobody is admitted, else rows (A,) of the admitted in the micro-batch, tokens and old
     log-probabilities (A, K, L), advantages (A, K). `cache` is the prompts', from `rollout`; None: run here.
     """
     cache = cache or prefill(policy, batch.history, batch.target)
     nll = core.nll_loss(cache.target_logp)  # (b,), eq. 2: minus the mean over the L tokens
     grpo, ratio = torch.zeros_like(nll), torch.zeros_like(nll)  # stay 0 where not admitted
-    if judged:
-        rows, tokens, old_logp, advantages = judged
+    if selected:
+        rows, tokens, old_logp, advantages = selected
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
         logp = sequence_logp(policy, cache, tokens)
         # Eq. 4: PPO's clipped loss, the mean over K rollouts and L tokens; no KL term.
@@ -412,12 +412,11 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
-        cache, judged = None, [()] * len(parts)  # without rollouts
+        cache, selected = None, [()] * len(parts)  # for method nll
         stats, checked = {}, {}  # `stats` are logged; both have to be finite, or the run stops
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
-            generator = generators["rollouts"]
-            rollouts, old_logp, target_logp, cache = rollout(policy, batch, parts, K, generator)
+            rollouts, old_logp, target_logp, cache = rollout(policy, batch, parts, K, generators["rollouts"])
             items = policy.catalogue.item(rollouts)  # (B, K), -1 for a hallucination: it gets --floor
 
             # -- score: rollouts, truth and negatives in one call, all under the prompt of their row ---------
@@ -432,23 +431,23 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
             # A rollout equal to the truth must tie with it; from another pass, it may differ by rounding.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
-            # D (eq. 7): among truth and rollouts, the policy puts the truth beyond place tau * K: 6 to 17.
-            # R (eq. 9): among these and negatives, the ranker puts the truth within place tau * K: 1 to 5,
-            # each negative beyond (1 - rho) * K: 12 to 18. Place 1 is the best; by default K is 16, M is 1.
+            # Place 1 is best; (...): by default, K 16, M 1. D (eq. 7): among truth and rollouts, the policy
+            # puts the truth beyond place tau * K (6 to 17). R (eq. 9): among these and negatives, the ranker
+            # puts the truth within place tau * K (1 to 5), each negative beyond (1 - rho) * K (12 to 18).
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
-            admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,), eq. 10
-            advantages = core.group_advantages(rewards)  # (B, K), eq. 3: (r - mean) / std of the K
+            admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,)
+            advantages = core.group_advantages(rewards)  # (B, K), eq. 3: (r - mean) / (std + 1e-4)
             stats |= diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg)
             for i, part in enumerate(parts):
                 rows = admitted[part].nonzero()[:, 0]  # counted within the micro-batch
                 if len(rows):
-                    judged[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
+                    selected[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
 
         # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
         for _ in range(cfg.updates):
             terms = [learn(policy, batch.rows(part), each, cache, method, cfg)
-                     for part, each in zip(parts, judged, strict=True)]
+                     for part, each in zip(parts, selected, strict=True)]
             cache = None  # backward has freed its graph: a second update runs the prompts again
             sum_gradients(policy.model)
             nll, grpo, ratio = all_gather(terms).unbind(1)  # (B,) each, of the whole batch
@@ -465,7 +464,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 def train_sft(policy, prompts, cfg, log, **callbacks):
     """Train the base policy on the NLL of the next item (eq. 2): `train_rl` with the method nll."""
     cfg = dataclasses.replace(cfg, method="nll", batch_size=cfg.sft_batch_size, lr=cfg.sft_lr,
-                              rl_steps=cfg.sft_steps, updates=1)  # the gate's flags need not fit this size
+                              rl_steps=cfg.sft_steps, updates=1)  # nll: K and M need not fit this size
     train_rl(policy, None, prompts, cfg, "sft", functools.partial(log, phase="sft"), **callbacks)
 
 
@@ -481,7 +480,7 @@ def evaluate(policy, ranker, prompts, cfg):
     cutoffs = [k for k in (1, 10, 50) if k <= cfg.beam_width]  # HR@50 of 10 beams would be HR@10
     uniform = torch.rand(policy.catalogue.L, n, 8, generator=generator, device=cfg.device)
     for part in progress(local_micro_batches(n, cfg.eval_batch_size), "evaluate"):
-        # Equally many rows for each process: past the end, the last one is repeated; [:n] below drops it.
+        # Equally many rows for each process: those past the end repeat the last; [:n] below drops them.
         rows = torch.arange(part.start, part.stop, device=cfg.device).clamp(max=n - 1)
         batch = prompts.rows(rows)
         cache = prefill(policy, batch.history)
@@ -500,7 +499,7 @@ def evaluate(policy, ranker, prompts, cfg):
         for head, p in ranker.probabilities(batch.history, item).items():  # click, order; 0 for no item
             terms |= {f"{head}_reward@{k}": (p * (rank <= k)).amax(1) for k in cutoffs}
         terms["hallucination"] = 1 - valid.float().mean(1)
-        terms["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)  # of 8 samples
+        terms["sampled_hallucination"] = (policy.catalogue.item(samples) < 0).float().mean(1)
         terms = {key: x.float() for key, x in terms.items()}
         pieces.append(terms | dict(rank=target_rank, item=item, logp=logp.mean(-1)))
     each = {key: all_gather([piece[key] for piece in pieces])[:n] for key in pieces[0]}
@@ -925,7 +924,7 @@ def own_reward(cfg, names, history, item):
         x = x if torch.is_tensor(x) else np.array(x, float)
         return torch.as_tensor(x, dtype=torch.float64, device=item.device)
 
-    here = os.getcwd()
+    sys.path.append(here := os.getcwd())  # modules in the current folder are found too
     try:
         module, _, name = cfg.reward.partition(":")
         function = getattr(importlib.import_module(module), name)
@@ -949,7 +948,9 @@ def own_reward(cfg, names, history, item):
         raise UserError(f"--reward {cfg.reward}: {what}: {first_line(error)}; expected package.module:"
                         "function, found from here, that gives each item a number (docs/models.md)") from None
     finally:
-        os.chdir(here)  # where the run's folder is
+        with contextlib.suppress(ValueError, OSError):
+            os.chdir(here)  # where the run's folder is
+            sys.path.remove(here)
 
 
 def named(scores):
@@ -1331,7 +1332,7 @@ class Checkpoints:
                 config = AutoConfig.for_model(**self.state["model"])
                 model = AutoModelForCausalLM.from_config(config)
                 if self.state["policy"].keys() != weights(model).keys():
-                    raise ValueError("its weights have other names; take the transformers that it was made with")
+                    raise ValueError("its weights have other names: another version of transformers")
                 model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
@@ -1458,7 +1459,6 @@ def run(cfg):
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     reward = None
     if cfg.reward:  # is asked about two rows, so that its faults show before the supervised steps
-        sys.path.append(os.getcwd())  # modules in the current folder are found too
         reward = functools.partial(own_reward, cfg, [])
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 2), value=-1)  # an item, and twice no item
         reward(data.rl.history[:2], one_and_none)

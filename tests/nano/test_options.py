@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("brief")
 def mine(folder, monkeypatch):
     """mine(text): a module of that text that can be imported here as `mine`."""
     jsonl(folder / "shop")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])  # a run adds the current folder
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the script adds the current folder
 
     def write(text):
         (folder / "mine.py").write_text("import torch\n" + text)
@@ -135,12 +135,13 @@ def test_a_reward_of_which_only_the_table_of_influence_would_make_use_is_checked
     assert not (folder / "here").exists()
 
 
-def test_a_reward_may_import_its_neighbours_when_it_is_called(mine, folder):
+def test_a_reward_may_import_its_neighbours_when_it_is_called_and_leaves_the_path_as_it_was(mine, folder):
     (folder / "neighbour_of_mine.py").write_text("def price(item):\n    return item * 0.5\n")
     mine("def score(history, item):\n    import neighbour_of_mine\n    return neighbour_of_mine.price(item)\n")
+    before = [*sys.path]
     reward = own_reward("mine:score")
     [scores] = reward(torch.zeros(1, 2), torch.tensor([[1, 2]])).values()
-    assert scores.tolist() == [[0.5, 1.0]]
+    assert scores.tolist() == [[0.5, 1.0]] and sys.path == before
     sys.modules.pop("neighbour_of_mine")
 
 
