@@ -183,7 +183,7 @@ class Policy:
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
         is not 0; and the KV cache, longer by n.
         """
-        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # others seen (siblings: as many; padding: 0)
+        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # others it sees; same for siblings; padding: 0
         # Added to the attention scores. Not -inf: padding may see nothing; a softmax of -inf alone is NaN.
         mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
         mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
@@ -199,8 +199,7 @@ class Policy:
 def prefill(policy, history, target=None):
     """Run histories (B, H) once -> PromptCache, with log-probabilities of the items `target` (B,), if given.
 
-    A single pass over prompt and truth gives both: attention is causal, so the truth changes nothing before
-    it.
+    One pass over prompt and truth gives both: attention is causal, so the truth changes nothing before it.
     """
     history = history[:, (history >= 0).any(0)]  # without columns that are padding in every row
     tokens = torch.where(history[..., None] >= 0, policy.catalogue.tokens[history], -1)  # (B, H, L)
@@ -215,7 +214,7 @@ def prefill(policy, history, target=None):
     causal = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
     next_logp, kv_cache = policy.forward(tokens.clamp(min=0), mask[:, None] & causal, keep=keep)
     target_logp = None if target is None else next_logp.gather(-1, truth[..., None])[..., 0]
-    kv_cache = [(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache]
+    kv_cache = [(k[:, :, :T], v[:, :, :T]) for k, v in kv_cache]  # without the truth
     return PromptCache(kv_cache, mask[:, :T], next_logp[:, :1], target_logp)
 
 
@@ -316,7 +315,7 @@ def sequence_logp(policy, cache, tokens):
 #   local_micro_batches(...)  `parts`, the slices of the batch that this process runs; often only one
 #   all_gather(pieces)        the rows of all slices and processes, joined; sum_gradients(...) over processes
 #   diagnostics(...)          shares and means, only logged
-#   constrained(select, ...)  items only, if --constrained; `distinct`: beams
+#   constrained(select, ...)  lets `select` choose only items, if --constrained; distinct=True for beams
 #   reward_of(...)            reward_fn's scores (B, n) of the whole batch; means of its named terms, to log
 #   Optimizer.step(...)       AdamW with a falling rate, clipping, zero_grad; stops at what is not finite
 
@@ -338,12 +337,12 @@ METHODS = {
     "grpo+nll": Method(True, lambda D, R, *_: torch.ones_like(D)),
     "adagrpo-d": Method(True, lambda D, R, *_: D),
     "adagrpo-r": Method(True, lambda D, R, *_: R),
-    "adagrpo": Method(True, lambda D, R, *_: core.sample_clip(D, R)),  # eq. 10
+    "adagrpo": Method(True, lambda D, R, *_: core.sample_clip(D, R)),  # eq. 10: D and R
     "random-gate": Method(True, random_gate),  # control, not in the paper
 }
 
 
-@torch.no_grad()  # the samples' graph is built by `learn`, for the admitted ones alone, often a tenth
+@torch.no_grad()  # samples need no graph: `learn` runs those of the admitted, often a tenth, again with it
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
@@ -353,13 +352,13 @@ def rollout(policy, batch, parts, K, generator):
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
-    pieces, keep_graph = [], len(parts) == 1
+    pieces, keep_graph = [], len(parts) == 1  # then the last `cache` is the only one
     for part in parts:
         with torch.set_grad_enabled(keep_graph):  # prompts and truths: `learn` needs the graph of all
             cache = prefill(policy, batch.history[part], batch.target[part])
         select = constrained(sample(uniform[:, part]), policy.constraint)
         pieces.append((*tree_decode(policy, cache, select), cache.target_logp))
-    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))  # all parts joined
+    tokens, logp, target_logp = map(all_gather, zip(*pieces, strict=True))  # each: all parts joined
     return tokens, logp, target_logp, (cache if keep_graph else None)
 
 
@@ -367,7 +366,7 @@ def draw_negatives(items, prompt_rows, M, generator):
     """For each prompt M random rollouts of others: (B, K) -> (B, M). Equal prompt_rows (B,): same prompt."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # (prompts, rollouts of all)
-    # A prompt gets the M of smallest key, none of its own K. + 1: rollouts of an equal prompt come last.
+    # The core takes the M smallest keys, none of its own K. + 1: rollouts of an equal prompt come last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
@@ -375,7 +374,7 @@ def draw_negatives(items, prompt_rows, M, generator):
 def learn(policy, batch, selected, cache, method, cfg):
     """Add the gradient of a micro-batch of b prompts; returns NLL, GRPO loss and mean ratio of each (b, 3).
 
-    `selected` is () if nobody is admitted, else rows (A,) of the admitted in the micro-batch, tokens and old
+    `selected` is () or, of the A admitted prompts, rows in the micro-batch (A,), tokens and old
     log-probabilities (A, K, L), advantages (A, K). `cache` is the prompts', from `rollout`; None: run here.
     """
     cache = cache or prefill(policy, batch.history, batch.target)
@@ -385,7 +384,7 @@ def learn(policy, batch, selected, cache, method, cfg):
         rows, tokens, old_logp, advantages = selected
         cache = cache if len(rows) == len(nll) else cache.rows(rows)  # no copy if all are admitted
         logp = sequence_logp(policy, cache, tokens)
-        # Eq. 4: PPO's clipped loss, the mean over K rollouts and L tokens; no KL term.
+        # (A,), eq. 4: PPO's clipped loss, mean over K rollouts and L tokens; no KL term.
         grpo[rows] = core.grpo_loss(logp, old_logp, advantages, epsilon=cfg.epsilon)
         ratio[rows] = (logp.detach() - old_logp).exp().mean((1, 2))
     loss = method.supervised * nll + cfg.lam * grpo  # eq. 5
@@ -412,7 +411,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
-        cache, selected = None, [()] * len(parts)  # for method nll
+        cache, selected = None, [()] * len(parts)  # stay so without rollouts
         stats, checked = {}, {}  # `stats` are logged; both have to be finite, or the run stops
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -428,12 +427,12 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
             # -- judge: is the truth difficult for the policy, and the ranker reliable here? -----------------
             target_mean = core.length_normalized(target_logp)  # (B,), mean log-probability per token
-            # A rollout equal to the truth must tie with it; from another pass, it may differ by rounding.
+            # A rollout equal to the truth must tie with it; in another pass, rounding may differ.
             rollout_mean = torch.where(items == batch.target[:, None], target_mean[:, None],
                                        core.length_normalized(old_logp))  # (B, K)
-            # Place 1 is best; (...): by default, K 16, M 1. D (eq. 7): among truth and rollouts, the policy
-            # puts the truth beyond place tau * K (6 to 17). R (eq. 9): among these and negatives, the ranker
-            # puts the truth within place tau * K (1 to 5), each negative beyond (1 - rho) * K (12 to 18).
+            # D (eq. 7): among truth and rollouts, the policy puts the truth beyond place tau * K (6 to 17).
+            # R (eq. 9): among these and negatives, the ranker puts the truth within place tau * K (1 to 5),
+            # each negative beyond (1 - rho) * K (12 to 18). Place 1 is best; (places) for K = 16, M = 1.
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,)
