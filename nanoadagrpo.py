@@ -940,7 +940,9 @@ def own_reward(cfg, names, history, item):
         if not all(x[item >= 0].float().isfinite().all() for x in (*parts.values(), sum(parts.values()))):
             raise ValueError("a score is not finite, or beyond float32")
         return {key: torch.where(item >= 0, x, cfg.floor / len(parts)) for key, x in parts.items()}
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() and a cancelled task too
         place = [f" in {x.filename}, line {x.lineno}" for x in traceback.extract_tb(error.__traceback__)
                  if x.filename != __file__ and "importlib" not in x.filename]
         what = type(error).__name__ + "".join(place[:1])
@@ -1158,7 +1160,9 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    return (" ".join(str(error).split()) or type(error).__name__)[:150]
+    with contextlib.suppress(Exception):  # its own __str__ may fail
+        return (" ".join(str(error).split()) or type(error).__name__)[:150]
+    return type(error).__name__
 
 
 @contextlib.contextmanager
@@ -1561,7 +1565,9 @@ def write_report(out, cfg, results, about, influence):
     again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
     parts = [f"# {out.resolve().name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
              *map(influence_table, influence)]
-    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
+    text = "\n\n".join(parts) + "\n"
+    (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
+    (out / "report.partial").replace(out / "report.md")
 
 
 def make_folder(cfg):

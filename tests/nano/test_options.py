@@ -242,6 +242,10 @@ FAULTS = {
                           ["KeyError", "mine.py, line 5", "price"]),
     "it exits": ("import sys\ndef score(history, item):\n    sys.exit('no licence')\n",
                  ["SystemExit", "mine.py, line 4", "no licence"]),
+    "a message that fails": ("class Odd(Exception):\n    def __str__(self):\n        raise KeyError('no')\n"
+                             "def score(history, item):\n    raise Odd\n", ["Odd", "line 6"]),
+    "a cancelled task": ("import asyncio\ndef score(history, item):\n    raise asyncio.CancelledError('late')\n",
+                         ["CancelledError", "mine.py, line 4", "late"]),
     "a message of two lines": ("def score(history, item):\n    raise ValueError('one\\ntwo')\n", ["one", "line 3"]),
     "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 3)"]),
     "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(3,)] instead of (2, 3)"]),
