@@ -1462,7 +1462,7 @@ def run(cfg):
     data = toy_world(cfg) if cfg.toy else load_data(cfg.data, cfg)
     reward = None
     if cfg.reward:  # is asked about two rows, so that its faults show before the supervised steps
-        reward = functools.partial(own_reward, cfg, [])
+        reward = functools.partial(own_reward, cfg, [])  # the list will hold the names of its parts
         one_and_none = F.pad(data.rl.target[:2][:, None], (0, 2), value=-1)  # an item, and twice no item
         reward(data.rl.history[:2], one_and_none)
     begun = cfg.resume and any(Path(cfg.resume).glob("checkpoint-*.safetensors"))
@@ -1607,7 +1607,8 @@ def locked(out, rows, cfg):
             how = "go on" if any(out.glob("checkpoint-*")) else "no checkpoint yet, begin again"
             raise KeyboardInterrupt(f"stopped{''.join(last[-1:])}; {how} with {again}") from None
         except (UserError, OSError, SafetensorError) as error:  # perhaps of code that can be mended
-            raise UserError(f"{error}" + f"; the run so far: {again}" * bool(rows)) from None
+            begun = rows or not isinstance(error, UserError)  # a full disk, even before the first row
+            raise UserError(f"{error}" + f"; the run so far: {again}" * bool(begun)) from None
 
 
 # -- the command line ----------------------------------------------------------------------------------------

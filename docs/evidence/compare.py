@@ -108,11 +108,11 @@ def check_alike(runs, found):
         raise nano.UserError(f"a seed is there twice: {', '.join(map(str, seeds))}; name one run of each")
 
 
-def check_data(run, cfg):
-    """Another shop of the same name would give yardsticks that mean nothing. Its report says how much a run tested."""
+def check_data(run, cfg, n):
+    """Another shop of the same name would give yardsticks that mean nothing. Its report says how much a run tested;
+    n: how many prompts there are."""
     report = run / "report.md"
     said = re.search(r"^(\d+) test prompts", report.read_text(encoding="utf-8"), re.M) if report.is_file() else None
-    n = len(nano.subset(data_of(cfg).test, cfg.eval_prompts, cfg.seed, "test").target)
     if said and int(said[1]) != n:
         raise nano.UserError(f"{run}: was tested on {said[1]} prompts, and {cfg.data or 'the toy'} has {n}; "
                              "name the data of the run by --data")
@@ -122,12 +122,13 @@ COLUMNS = {"HR@1 %": "hr@1", "HR@10 %": "hr@10", "HR@50 %": "hr@50", "NDCG@10 %"
            "halluc. %": "hallucination", "sampled %": "sampled_hallucination", "admitted %": "admitted"}
 
 
-def collect(found):
+def collect(runs, found):
     """{row: [{metric: value} of each run]}: the methods in the order of the runs, then the yardsticks."""
     rows = {}
-    for cfg, lines in found:
+    for run, (cfg, lines) in zip(runs, found, strict=True):
         data = data_of(cfg)
         test = nano.subset(data.test, cfg.eval_prompts, cfg.seed, "test")
+        check_data(run, cfg, len(test.target))
         yardsticks = {"popularity": serve(popularity(data), test),
                       "ranker alone": serve(ranker_alone(data, dataclasses.replace(cfg, reward="")), test)}
         for name, metrics in (tested(lines) | yardsticks).items():
@@ -209,9 +210,7 @@ def compare(args):
         raise nano.UserError(f"--data {args.data}: these are runs of the toy; leave it out")
     if not (args.figure or tested(found[0][1])):
         raise nano.UserError(f"{args.runs[0]}: nothing was tested so far; let the run end")
-    for run, (cfg, _) in zip(args.runs, found, strict=True):
-        check_data(run, cfg)
-    rows = collect(found)
+    rows = collect(args.runs, found)
     print(table(rows))
     if args.figure:
         draw(found, args.figure)

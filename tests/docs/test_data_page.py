@@ -189,10 +189,11 @@ def test_pandas_tables_are_taken_as_the_page_says(tmp_path):
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pandas.DataFrame(SHOWINGS, columns=["user_id", "video_id", "time_ms", "is_click", "long_view"])
     frame["is_click"] = frame.is_click.astype(bool)
-    [rows] = re.findall(r"`(frame\[\[.*?)`", PAGE)
+    rows = frame[["user_id", "video_id", "time_ms", "is_click", "long_view"]].itertuples(index=False)
+    assert '`frame[["user_id", "video_id", "time_ms", "is_click", "long_view"]].itertuples(index=False)`' in PAGE
     names = play(WRITE_PROMPTS + WRITE_LOG)
     past = names["write_prompts"]([row[:3] for row in SHOWINGS if row[3]], SID, tmp_path, {})
-    names["write_log"](eval(rows, {"frame": frame}), SID, tmp_path / "log.jsonl", past)
+    names["write_log"](rows, SID, tmp_path / "log.jsonl", past)
     assert lines(tmp_path / "log.jsonl") == LOG
 
 

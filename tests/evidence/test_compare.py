@@ -258,7 +258,8 @@ def test_runs_of_the_toy_are_compared_too(tmp_path, monkeypatch):
         (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps(config))
         line = {"phase": "test", "method": "nll", "hr@10": 0.1}
         (tmp_path / f"s{seed}" / "metrics.jsonl").write_text(json.dumps(line))
-    rows = compare.collect([compare.read(tmp_path / f"s{seed}") for seed in (0, 1)])
+    runs = [tmp_path / "s0", tmp_path / "s1"]
+    rows = compare.collect(runs, [compare.read(run) for run in runs])
     assert [*rows] == ["nll", "popularity", "ranker alone"] and all(0 < row["hr@10"] < 1 for row in rows["popularity"])
 
 

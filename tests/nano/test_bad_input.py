@@ -232,7 +232,7 @@ def test_the_folder_one_is_in_and_the_root_are_refused_and_left_as_they_are(smal
 
 
 @pytest.mark.parametrize("out", ["notes/run", "notes/a/b/run", "loop/run", "dangling/run", "dangling/a/run",
-                                 "x" * 300, "/dev/null/run"])
+                                 "x" * 300, "new/nothing\0", "new/half \udc80/run", "/dev/null/run"])
 def test_an_out_that_cannot_be_made_is_refused_and_leaves_nothing(small_shop, refused, folder, out):
     (folder / "notes").write_text("mine")
     (folder / "loop").symlink_to("loop")

@@ -352,6 +352,16 @@ def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_alone_says_that_a_signal_has_stopped_them(monkeypatch, capsys, rank):
+    """The others do not know the folder, nor its checkpoints."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(nano, "run", lambda cfg: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        nano.main(["--toy", "--device", "cpu"])
+    assert end.value.code == 143 and len(capsys.readouterr().err.splitlines()) == (rank == "0")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_of_several_processes_each_says_what_is_wrong(monkeypatch, capsys, rank):
     """The first one may know nothing of it."""
     monkeypatch.setenv("RANK", rank)

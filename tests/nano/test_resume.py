@@ -326,6 +326,24 @@ def test_a_checkpoint_that_lacks_something_is_named_in_one_line(here, capsys, ke
     assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
 
 
+def with_other_names(weights):
+    return {name.replace("mlp.", "feed_forward."): x for name, x in weights.items()}
+
+
+WEIGHTS = {
+    "of other names": lambda state: state.update(policy=with_other_names(state["policy"])),
+    "none": lambda state: state.update(policy={}), "too few": lambda state: state["policy"].popitem(),
+}
+
+
+@pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS)
+def test_a_checkpoint_with_weights_of_another_model_is_refused(here, capsys, change):
+    """As of another version of transformers: the weights that it does not find would be random ones."""
+    forge(checkpoint(here), change)
+    line = refused(capsys, lambda: resume("here"))
+    assert f"here/{checkpoint(here).name}: " in line and "begin a new run" in line
+
+
 @pytest.mark.parametrize("rows", [[], {}, [{}], [0], [{"phase": "sft"}]], ids=str)
 def test_a_checkpoint_of_no_step_is_refused(here, capsys, rows):
     forge(checkpoint(here), lambda state: state.update(rows=rows))
@@ -672,8 +690,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_says_how_
 def test_whatever_cannot_be_written_is_one_line_and_the_run_can_go_on(shop, monkeypatch, capsys, owner, name, count):
     with failing(monkeypatch, owner, name, FULL, count):
         line = refused(capsys, lambda: begin("here"))
-    assert "No space left on device" in line
-    assert ("--resume here" in line) == (shop / "here" / "metrics.jsonl").exists()  # or nothing is there to go on with
+    assert "No space left on device" in line and "--resume here" in line
     resume("here")
     assert made(shop / "here") == made(shop / "whole")
 
@@ -872,3 +889,10 @@ def test_a_config_that_cannot_be_used_is_refused(here, capsys, text):
     line = refused(capsys, lambda: resume("here"))
     assert "here/config.json" in line or text == "{}"
     assert checkpoint(here).exists()
+
+
+def test_a_config_of_a_toy_that_names_no_data_is_one_line_too(here, small_shop, capsys):
+    """What is missing there has its default."""
+    (here / "config.json").write_text('{"toy": true, "device": "cpu"}')
+    line = refused(capsys, lambda: resume("here"))
+    assert "the run was begun with another set of flags" in line and checkpoint(here).exists()
