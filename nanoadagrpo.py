@@ -1713,9 +1713,12 @@ def main(argv=None):
             if cfg.device.startswith("cuda"):
                 torch.cuda.set_device(cfg.device)
             importlib.import_module("torch.distributed.nn")  # later, it would keep the group's threads alive
+            soon, late = datetime.timedelta(minutes=5), datetime.timedelta(days=1)
             with in_one_line("WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"):
-                dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo",
-                                        timeout=datetime.timedelta(days=1))  # for the ranker of one of them
+                store, number, size = next(dist.rendezvous("env://", timeout=soon))  # or they never come
+                store.set_timeout(late)  # all wait for the first one's ranker
+                dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo", store=store,
+                                        rank=number, world_size=size, timeout=late)
             at_the_end.callback(dist.destroy_process_group)
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Micro-batches and several processes are a matter of memory and time: the training is that of the whole batch."""
 
+import datetime
 import functools
 import json
 import os
@@ -14,6 +15,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -393,6 +395,40 @@ def test_a_part_of_what_torchrun_sets_is_one_line(given, monkeypatch, capsys, tm
     line = refused(capsys, lambda: nano.main(["--toy", "--device", "cpu", "--out", str(tmp_path / "out")]))
     assert line.startswith("nanoadagrpo: WORLD_SIZE is set, as torchrun sets it: ")
     assert line.endswith("; start with torchrun, or unset it") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_processes_that_never_come_are_waited_for_for_minutes(number, monkeypatch, capsys, tmp_path):
+    """Those of a torchrun that was killed while they loaded tried to connect for a day. Here, minutes are seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in {"WORLD_SIZE": "2", "RANK": number, "LOCAL_RANK": number, **where}.items():
+        monkeypatch.setenv(name, value)
+    meet = dist.rendezvous
+
+    def sooner(url, timeout):
+        assert datetime.timedelta(minutes=1) <= timeout <= datetime.timedelta(minutes=30)
+        return meet(url, timeout=timeout / 300)
+
+    monkeypatch.setattr(dist, "rendezvous", sooner)
+    line = refused(capsys, lambda: nano.main(["--toy", "--device", "cpu", "--out", str(tmp_path / "out")]))
+    assert line.startswith("nanoadagrpo: WORLD_SIZE is set") and not (tmp_path / "out").exists()
+
+
+def test_processes_that_have_met_wait_for_each_other_for_hours(monkeypatch, tmp_path):
+    """The first one trains the ranker while the others wait; GPUs also meet in the store, at their first sum."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", **where}.items():
+        monkeypatch.setenv(name, value)
+    met = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: met.update(given))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(nano, "run", lambda cfg: None)
+    nano.main(["--toy", "--device", "cpu"])
+    assert min(met["timeout"], met["store"].timeout) >= datetime.timedelta(hours=10)
 
 
 @pytest.mark.parametrize(("processes", "local"), [("1", "0"), ("4", "3")])
