@@ -1094,8 +1094,8 @@ def cut_vocabulary(model, known, catalogue, cfg):
     tables, generator = tables_of(model), torch.Generator().manual_seed(cfg.seed)
     size, S, L = len(tables[0]), catalogue.S, catalogue.L
     known = {word: row for word, row in known.items() if row is not None and row < size}
-    words = [*catalogue.words, QUERY_TOKEN, *([START_TOKEN] if START_TOKEN in known else [])]
-    V, text = len(words), sorted(set(known.values()))
+    V = S + 1 + (START_TOKEN in known)
+    words, text = [*catalogue.words, QUERY_TOKEN, START_TOKEN][:V], sorted(set(known.values()))
     text = text if len(text) > 1 else range(size)  # one row has no spread
     old = {i: known[word] for i, word in enumerate(words) if word in known}
 
@@ -1106,6 +1106,10 @@ def cut_vocabulary(model, known, catalogue, cfg):
     true = {table: around_the_mean(table, 0.1) for table in tables}
     for table, rows in true.items():
         rows[[*old]] = table[[*old.values()]]
+    # New words are nearly alike, which would hide faults: the check is made on rows far apart.
+    places = torch.randint(size, (V,), generator=generator)
+    for table in tables:
+        table[places] = around_the_mean(table, 1.0)
 
     config, state = AutoConfig.for_model(**model.config.to_dict()), model.state_dict(keep_vars=True)
     config.get_text_config().vocab_size = V
@@ -1116,16 +1120,11 @@ def cut_vocabulary(model, known, catalogue, cfg):
         part.output_attentions = part.output_hidden_states = part.output_router_logits = False
     with in_one_line("it cannot be made anew with other tables"):
         cut = AutoModelForCausalLM.from_config(config)
-        cut.load_state_dict({name: true.get(x, x) for name, x in state.items()})
+        cut.load_state_dict({name: x[places] if x in true else x for name, x in state.items()})
     policy = make_policy(cut, catalogue, dataclasses.replace(cfg, dtype="float32"))
 
     # The check: trees of the cut model must say what plain passes of the whole one say. Windows, recurrence,
-    # positions that ignore position_ids and further tables over the vocabulary fail. New words are nearly
-    # alike, which would hide faults: until it has passed, both have rows as far apart as in a trained model.
-    places = torch.randint(size, (V,), generator=generator)
-    for table, small in zip(tables, tables_of(cut), strict=True):
-        table[places] = around_the_mean(table, 1.0)
-        small[:] = table[places]
+    # positions that ignore position_ids and further tables over the vocabulary fail.
     sizes, plain = (cfg.max_history, max(cfg.beam_width, cfg.group_size)), []  # a tree as wide as it will be
     history, item = (torch.randint(catalogue.N, (2, n), generator=generator) for n in sizes)
     history[1, :-1] = -1  # the other one has but one item: positions may depend on the longest row
@@ -1149,7 +1148,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     for small, rows in zip(tables_of(cut), true.values(), strict=True):
         small[:] = rows
     print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
-    return Policy(cut, catalogue, cfg, policy.tokenizer)
+    return make_policy(cut, catalogue, cfg)
 
 
 # == Part III: the workshop ==================================================================================
@@ -1405,7 +1404,7 @@ ON_SCREEN = "HR@10 %", "HR@50 %", "NDCG@10 %", "Clk@10", "Ord@10", "halluc. %", 
 def markdown(titles, rows):
     """The first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    dashes = [("-" * n)[bool(i) :] + ":" * bool(i) for i, n in enumerate(widths)]
+    dashes = ["-" * widths[0], *("-" * (n - 1) + ":" for n in widths[1:])]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
              for row in (titles, dashes, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -1415,9 +1414,10 @@ def table(results, titles):
     """The paper's Table 4, or some of its columns."""
     rows = []
     for name, row in results.items():
-        cells = [(row.get(COLUMNS[title]), 100 if "%" in title else 1) for title in titles]
-        name += f", step {row['kept_step']}" if "kept_step" in row else ""
-        rows.append([name, *("" if x is None else f"{x * n:.{3 - (n > 1)}f}" for x, n in cells)])
+        rows.append([name + (f", step {row['kept_step']}" if "kept_step" in row else "")])
+        for title in titles:
+            x = row.get(COLUMNS[title])
+            rows[-1].append("" if x is None else f"{x * 100:.2f}" if "%" in title else f"{x:.3f}")
     return markdown(["method".ljust(11), *titles], rows)
 
 
@@ -1425,12 +1425,11 @@ def influence_table(row):
     """Tables 1 to 3 of the paper's Section 4, and in a sentence what they mean for the gate."""
     rows, strata = [], {"all": "overall", "hard (D)": "hard", "hard and discriminable (D R)": "discriminable"}
     for (title, stratum), who in itertools.product(strata.items(), ("ranker", "chance")):
-        cells = zip(core.Stratum._fields, (".2f", ".2f", "+.2f", ".1%"), strict=True)
-        cells = [(row.get(f"{who}/{stratum}/{key}"), form) for key, form in cells]
-        title += ", a random ranker" if who == "chance" else ""
-        rows.append([title, *("" if x is None else format(x, form) for x, form in cells)])
+        rows.append([title + ", a random ranker" * (who == "chance")])
+        for key, form in zip(core.Stratum._fields, (".2f", ".2f", "+.2f", ".1%"), strict=True):
+            x = row.get(f"{who}/{stratum}/{key}")
+            rows[-1].append("" if x is None else format(x, form))
     size = f"{row['prompts']} prompts, {row['beams']} beams"
-    titles = [size, "LLM rank", "RM rank", "influence", "coverage"]
     R, chance = row["ranker/reliable"], row["chance/reliable"]
     noise = 2 * ((R * (1 - R) + chance * (1 - chance)) / row["prompts"]) ** 0.5
     if R == chance == 0:
@@ -1441,7 +1440,8 @@ def influence_table(row):
         verdict = "no clear difference: expect nothing of the gate"
     else:
         verdict = (f"{R / chance:.1f} times as often: " if chance else "") + "the ranker separates"
-    return (f"## Influence of the ranker\n\n{markdown(titles, rows)}\n\n"
+    text = markdown([size, "LLM rank", "RM rank", "influence", "coverage"], rows)
+    return (f"## Influence of the ranker\n\n{text}\n\n"
             f"R fires on {R:.1%}, with a random ranker on {chance:.1%}; {verdict}.")
 
 
