@@ -679,8 +679,8 @@ def read_rows(path, catalogue, source, cfg):
     sid = spell(next(iter(catalogue.row)))
     names = ("history_item_sid", "item_sid", "shown_item_sid") if is_csv else ("history", "target", "shown")
     history, target, shown = names
-    like = {shown: [sid, sid], "click": [1, 0], "order": [0, 0]} if is_log else {target: sid}
-    like = {history: [sid, sid], **like}  # columns, and what their cells look like
+    like = {history: [sid, sid]}  # columns, and what their cells look like
+    like |= {shown: [sid, sid], "click": [1, 0], "order": [0, 0]} if is_log else {target: sid}
     with in_one_line(path, f"{source} needs train, valid and test{path.suffix} beside it, in UTF-8"):
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
 
@@ -809,7 +809,7 @@ def toy_world(cfg, world=World()):
         last = life[:, t - 1] if t else draw(of_lives, wanted_then, 1)[:, 0]
         if rl_week <= t < rl_week + w.rl:
             item = draw(of_log, shown, w.impressions)
-            utility = np.take_along_axis(taste, item, 1) + quality[item] + context[last[:, None], item]
+            utility = taste[users, item] + quality[item] + context[last[:, None], item]
             share = cfg.bait * baited[last][:, None]
             appeal = (1 - share) * utility + share * bait[item]
             click = of_log.random(item.shape) < 1 / (1 + np.exp(w.click_at - appeal))
