@@ -1456,6 +1456,7 @@ def run(cfg):
     transformers.utils.logging.disable_progress_bar()  # of saving; ours stay
     transformers.utils.logging.set_verbosity_error()  # no tables before what is refused in one line,
     importlib.import_module("huggingface_hub").logging.set_verbosity_error()  # and no retries
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # an async reward is one line too
     # With several threads, sums into one place (the gradient of an index) would come in any order otherwise.
     torch.use_deterministic_algorithms(cfg.device.startswith("cpu"), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written

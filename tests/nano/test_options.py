@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -284,6 +285,14 @@ def test_a_reward_that_cannot_be_used_is_named_in_one_line_before_anything_is_tr
     line = refused(capsys, "--reward", "mine:score", "--out", "here")
     assert line.startswith("--reward mine:score: ") and line.endswith("(docs/models.md)")
     assert all(word in line for word in words), line
+
+
+def test_an_async_reward_is_refused_in_one_line_and_python_adds_none(mine, folder):
+    """A coroutine that nobody awaits would warn when it is collected."""
+    mine("async def score(history, item):\n    return item\n")
+    argv = ["--data", "shop", "--reward", "mine:score", "--out", "here", "--device", "cpu"]
+    done = subprocess.run([sys.executable, nano.__file__, *argv], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "coroutine" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", ["mine", ":score", "mine:", "no.such:score", "mine:score:twice"])
