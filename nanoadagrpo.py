@@ -1106,10 +1106,6 @@ def cut_vocabulary(model, known, catalogue, cfg):
     true = {table: around_the_mean(table, 0.1) for table in tables}
     for table, rows in true.items():
         rows[[*old]] = table[[*old.values()]]
-    # New words are nearly alike, which would hide faults: the check is made on rows far apart.
-    places = torch.randint(size, (V,), generator=generator)
-    for table in tables:
-        table[places] = around_the_mean(table, 1.0)
 
     config, state = AutoConfig.for_model(**model.config.to_dict()), model.state_dict(keep_vars=True)
     config.get_text_config().vocab_size = V
@@ -1118,7 +1114,11 @@ def cut_vocabulary(model, known, catalogue, cfg):
         part.bos_token_id = V - 1 if START_TOKEN in known else None
         part.pad_token_id = part.eos_token_id = None  # the row of a padding token would get no gradient
         part.output_attentions = part.output_hidden_states = part.output_router_logits = False
+    # New words are nearly alike, which would hide faults: the check is made on rows far apart.
+    places = torch.randint(size, (V,), generator=generator)
     with in_one_line("it cannot be made anew with other tables"):
+        for table in tables:
+            table[places] = around_the_mean(table, 1.0)
         cut = AutoModelForCausalLM.from_config(config)
         cut.load_state_dict({name: x[places] if x in true else x for name, x in state.items()})
     policy = make_policy(cut, catalogue, dataclasses.replace(cfg, dtype="float32"))
