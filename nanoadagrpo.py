@@ -1014,7 +1014,7 @@ def ranker_influence(policy, reward, prompts, each, cfg):
 # -- models: a tiny new one, or a pretrained one whose vocabulary is cut -------------------------------------
 
 QUERY_TOKEN, START_TOKEN = "<next>", "<start>"
-KEYS_TO_IGNORE = r"masked_bias|attn\.attention\.bias$|pooler|seq_relationship"  # old masks, BERT's heads
+KEYS_TO_IGNORE = r"masked_bias|\battn(\.attention)?\.bias$|pooler|seq_relationship"  # old masks, BERT's heads
 
 
 def tiny_policy(catalogue, cfg, width=64, layers=2):
