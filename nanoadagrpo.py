@@ -519,9 +519,9 @@ class Catalogue:
         tokens = np.array([[number[pair] for pair in enumerate(sid)] for sid in sids])
         (self.N, self.L), self.S = tokens.shape, len(codes)
         # Spelt as MiniOneRec does, so that a model of theirs finds the words it knows.
-        words = [str(code) for _, code in codes]
-        ready = len({word for word in words if re.fullmatch(r"<[^<>\s]+>", word)}) == self.S
-        self.words = words if ready else [f"<{chr(97 + i)}_{code}>" for i, code in codes]
+        self.words = [str(code) for _, code in codes]
+        if len({word for word in self.words if re.fullmatch(r"<[^<>\s]+>", word)}) < self.S:
+            self.words = [f"<{chr(97 + i)}_{code}>" for i, code in codes]
         # Per level, the sorted pairs node * S + token of a node (a prefix that exists) and a token that
         # continues it. A pair's place is the node's number at the next level.
         node, self.pairs, self.fan_out = np.zeros(self.N, int), [], []
@@ -584,7 +584,7 @@ class ImpressionLog(NamedTuple):
     history: torch.Tensor  # (n, H)
     item: torch.Tensor  # (n, I) what was shown, -1 on the right where there was less
     click: torch.Tensor  # (n, I) boolean
-    order: torch.Tensor | None  # (n, I) boolean, only where clicked; None if orders were not recorded
+    order: torch.Tensor | None = None  # (n, I) boolean, only where clicked; None if not recorded
 
     rows = Prompts.rows
 
@@ -635,7 +635,7 @@ def load_data(folder, cfg):
         n, generator = len(train.target), make_generator(cfg.seed, "negatives of the ranker", device)
         others = torch.randint(catalogue.N, (n, 15), generator=generator, device=device)
         item = torch.cat([train.target[:, None], others], 1)
-        log, holdout = ImpressionLog(train.history, item, item == item[:, :1], None), None
+        log, holdout = ImpressionLog(train.history, item, item == item[:, :1]), None
         origin = f"train{ending}, what was bought against 15 items at random (there is no log{ending})"
     return Data(catalogue, train, rl, valid, test, log, holdout, origin)
 
@@ -668,7 +668,7 @@ def read_catalogue(path):
 
 
 def read_rows(path, catalogue, source, cfg):
-    """Prompts, as tensors history and target; or the log: history, shown, click, order (None: in no row).
+    """Prompts, as tensors history and target; or the log: history, shown, click, and order if recorded.
 
     Each is (n, longest), -1 or False where a row has less. What cannot be used is refused by its line.
     """
@@ -677,16 +677,14 @@ def read_rows(path, catalogue, source, cfg):
     items = {repr(spell(sid)): i for sid, i in catalogue.row.items()}  # repr: 0.0 and False are equal to 0
     flags = {"0": False, "1": True, "False": False, "True": True}
     sid = spell(next(iter(catalogue.row)))
-    names = ("history_item_sid", "item_sid", "shown_item_sid") if is_csv else ("history", "target", "shown")
-    history, target, shown = names
+    history, target, shown = (("history_item_sid", "item_sid", "shown_item_sid") if is_csv
+                              else ("history", "target", "shown"))
     like = {history: [sid, sid]}  # columns, and what their cells look like
     like |= {shown: [sid, sid], "click": [1, 0], "order": [0, 0]} if is_log else {target: sid}
     with in_one_line(path, f"{source} needs train, valid and test{path.suffix} beside it, in UTF-8"):
         text = path.read_text(encoding="utf-8-sig").rstrip()  # with or without a byte-order mark
 
     def parse(column, x):
-        if column == "order" and x is None:
-            return None
         if is_csv and column != target:  # a Python list: parsed as such, never evaluated
             x = ast.literal_eval(x)
         x = [x] if column == target and x is not None else x
@@ -712,30 +710,31 @@ def read_rows(path, catalogue, source, cfg):
                 raise UserError(f"one column for each is needed, there are {header!r:.120}")
         for row in rows:
             column, cell, x = "the row", row, {}
+            found.append(x)
             row = row if is_csv else json.loads(row)
             for column in like:
                 cell = row.get(column, row)
-                x[column] = parse(column, row.get(column))
+                if column != "order" or row.get(column) is not None:
+                    x[column] = parse(column, row.get(column))
+            if x.keys() != found[0].keys():
+                raise UserError("order has to be there in all rows or in none")
             if is_log:
-                click, order = x["click"], x["order"] or x["click"]
+                click, order = x["click"], x.get("order", x["click"])
                 if not len(x[shown]) == len(click) == len(order):
                     raise UserError("shown, click and order are not equally long")
                 if any(y > z for y, z in zip(order, click, strict=True)):
                     raise UserError("an order without a click")
-                if found and (found[0]["order"] is None) != (x["order"] is None):
-                    raise UserError("order has to be there in all rows or in none")
-            found.append(x)
     except Exception as error:  # a file can be anything
         what = error if isinstance(error, UserError | csv.Error) else f"{column}: got {cell!r:.100}"
         expected = ", ".join(f"{name} like {cells}" for name, cells in like.items())
-        line = rows.reader.line_num or 1 if is_csv else len(found) + 1
+        line = rows.reader.line_num or 1 if is_csv else len(found)
         raise UserError(f"{path}, line {line}: {what}; expected {expected}; or drop the row") from None
     if not found:
         raise UserError(f"{path}: holds no rows; put at least one in it, as docs/data.md shows")
-    for column, first in found[0].items():
+    for column in found[0]:
         side, fill = "left" if column == history else "right", False if column in ("click", "order") else -1
-        yield None if first is None else nn.utils.rnn.pad_sequence(
-            [torch.tensor(x[column] or [-1]) for x in found], True, fill, side).to(cfg.device)
+        rows = [torch.tensor(x[column] or [-1]) for x in found]
+        yield nn.utils.rnn.pad_sequence(rows, True, fill, side).to(cfg.device)
 
 
 # -- the toy world: a shop whose click log misleads in some places; docs/toy.md gives the reasons ------------
@@ -1315,28 +1314,27 @@ class Checkpoints:
     that is killed at any moment has a whole one, or none yet. The checksum in its name shows later damage.
     """
 
-    def __init__(self, out, cfg, catalogue, origin, rows):
-        self.out, self.origin, self.rows, self.policy, self.phase = out, origin, rows, None, None
-        self.state, self.base, self.best = {}, {}, {}
+    def __init__(self, out, cfg, data, rows):
+        self.out, self.origin, self.rows = out, origin_of(cfg, data), rows
+        self.policy, self.phase, self.state, self.base, self.best = None, None, {}, {}, {}
         if cfg.resume and self.files():
             path = self.files()[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):
-                if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
+                if not path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()[:16]):
                     raise ValueError("its checksum is not that in its name")
                 # Copies: where a tensor begins in the file's memory can decide a product's last digit.
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
-                self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
-                    tensors[x["<tensor>"]] if "<tensor>" in x else x))
+                text = tensors["state"].cpu().numpy().tobytes()
+                self.state = json.loads(text, object_hook=lambda x: tensors.get(x.get("<tensor>"), x))
                 self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
                 self.phase, self.step = last.get("method", "sft"), last["step"]  # it was saved after this row
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
                     raise ValueError(f"the run was begun with another {changed[0]}")
-                config = AutoConfig.for_model(**self.state["model"])
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.state["model"]))
                 if self.state["policy"].keys() != weights(model).keys():
                     raise ValueError("its weights have other names: another version of transformers")
                 model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
-                self.policy = make_policy(model, catalogue, cfg)  # without a look at --model's folder
+                self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
 
     def files(self):
@@ -1356,17 +1354,16 @@ class Checkpoints:
 
     def save(self, policy, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
-        norms = torch.stack([x.norm() for x in policy.model.parameters()])
-        if not norms.isfinite().all():  # the checkpoint before shall stay
+        if not all(x.norm().isfinite() for x in policy.model.parameters()):  # the one before shall stay
             raise UserError("the weights have run away, beyond float32; lower the learning rate")
 
         def number(tensor):
             tensors[str(len(tensors))] = tensor
             return {"<tensor>": str(len(tensors) - 1)}
 
-        generators = {use: generator.get_state() for use, generator in generators.items()}
         state = dict(origin=self.origin, rows=self.rows, base=self.base, best=self.best,
-                     policy=weights(policy.model), model=policy.model.config.to_dict(), generators=generators,
+                     policy=weights(policy.model), model=policy.model.config.to_dict(),
+                     generators={use: generator.get_state() for use, generator in generators.items()},
                      adamw=optimizer.adamw.state_dict(), schedule=optimizer.schedule.state_dict())
         text = json.dumps(state, default=number).encode()  # json asks `number` about what it cannot write
         tensors["state"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a header has a limit
@@ -1471,7 +1468,7 @@ def run(cfg):
     policy = None if begun else (pretrained_policy if cfg.model else tiny_policy)(data.catalogue, cfg)
     out, rows = Path(cfg.resume) if cfg.resume else make_folder(cfg), []
     with locked(out, rows, cfg):
-        checkpoints = Checkpoints(out, cfg, data.catalogue, origin_of(cfg, data), rows)
+        checkpoints = Checkpoints(out, cfg, data, rows)
         policy = checkpoints.policy or policy
         broadcast(policy.model)
         sizes = f"{data.catalogue.N} items, prompts: {len(data.sft.target)} SFT, {len(data.rl.target)} RL"
@@ -1509,8 +1506,9 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if rank() == 0 and cfg.save_every and (last or step % cfg.save_every == 0):
             checkpoints.save(policy, optimizer, generators)
 
+    done = [row["method"] for row in rows if row["phase"] == "test"]
     start = next((row for row in rows if row["phase"] == "valid"), None)  # of the base policy
-    if checkpoints.phase not in names:
+    if "base" not in done:
         train_sft(policy, data.sft, cfg, log, restore=checkpoints.restore, on_step=on_step)
         if len(names) > 1 or cfg.keep == "best":  # they begin at it, or may end there
             checkpoints.base = copy.deepcopy(weights(policy.model))
@@ -1520,7 +1518,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             log(phase="influence", step=0, **influence)
             print_main(influence_table(rows[-1]) + "\n")
         measure("test", "base", 0)
-    for name in names[names.index(checkpoints.phase) if checkpoints.phase in names else 0 :]:
+    for name in [name for name in names if name not in done]:
         if checkpoints.phase != name:
             policy.model.load_state_dict(checkpoints.base, strict=False)
             log(**start | dict(method=name))
@@ -1532,8 +1530,8 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         if kept:
             policy.model.load_state_dict(checkpoints.best["weights"] or checkpoints.base, strict=False)
         measure("test", name, cfg.rl_steps, admitted=float(np.mean(admitted)), **kept)
-        if rank() == 0:
-            save_policy(policy, out / "policy" / (name if len(names) > 1 else ""))
+        if rank() == 0 and len(names) > 1:
+            save_policy(policy, out / "policy" / name)
 
     labels = "phase", "method", "step", "seconds", "memory"
     results = {row["method"]: {key: x for key, x in row.items() if key not in labels}
@@ -1543,7 +1541,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
              f"script {zlib.crc32(Path(__file__).read_bytes()):08x}, torch {torch.__version__}, transformers "
              f"{transformers.__version__} on {cfg.device}, {torch.backends.cpu.get_cpu_capability()}")
     if rank() == 0:
-        if not names:
+        if len(names) < 2:
             save_policy(policy, out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
@@ -1561,11 +1559,12 @@ def save_policy(policy, folder):
 
 
 def write_report(out, cfg, results, about, influence):
-    given = [(to_flag(name), x) for name, x in dataclasses.asdict(cfg).items()
-             if x != getattr(Settings, name) and name not in ("out", "device", "resume")]
-    again = shlex.join(word for flag, x in given for word in [flag, str(x)][: 1 if x is True else 2])
-    parts = [f"# {out.resolve().name}", f"`python nanoadagrpo.py {again}`", table(results, COLUMNS), about,
-             *map(influence_table, influence)]
+    again = []
+    for name, x in vars(cfg).items():
+        if x != getattr(Settings, name) and name not in ("out", "device", "resume"):
+            again += [to_flag(name)] if x is True else [to_flag(name), str(x)]
+    parts = [f"# {out.resolve().name}", f"`python nanoadagrpo.py {shlex.join(again)}`",
+             table(results, COLUMNS), about, *map(influence_table, influence)]
     text = "\n\n".join(parts) + "\n"
     (out / "report.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
     (out / "report.partial").replace(out / "report.md")
@@ -1581,7 +1580,7 @@ def make_folder(cfg):
         try:
             name.encode()  # what cannot be printed could not be reported either
             out.mkdir(parents=True)  # fails if another run has been faster
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            (out / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
             return out
         except (OSError, ValueError) as error:
             if cfg.out or not (isinstance(error, FileExistsError) and os.path.lexists(out)):
@@ -1630,7 +1629,7 @@ def check_settings(cfg):
         x, (low, high), kind = getattr(cfg, field.name), field.metadata["range"], type(field.default)
         flag, choices = to_flag(field.name), field.metadata["choices"]
         fits = type(x) is kind or (kind is float and type(x) is int)  # a config.json may have been edited
-        if not fits or (choices and x not in (field.default, *choices)):
+        if not fits or (choices and x not in choices):
             raise UserError(f"{flag} {x!r:.80}: expected {', '.join(choices) or kind.__name__}")
         if kind in (int, float) and not low <= x <= high:
             raise UserError(f"{flag} {x!s:.80}: must be finite, {low} or more, at most {high}")
@@ -1726,9 +1725,9 @@ def main(argv=None):
                 at_the_end.callback(signal.signal, number, signal.signal(number, interrupt))
         return run(cfg)
     except (UserError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-        text, code = str(error), 2
-        if isinstance(error, KeyboardInterrupt) or interrupt.code:  # a library may make another error of it
-            text = (isinstance(error, KeyboardInterrupt) and text) or "stopped; nothing is lost"
+        text, code, stopped = str(error), 2, isinstance(error, KeyboardInterrupt)
+        if stopped or interrupt.code:  # a library may make another error of it
+            text = (stopped and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
         elif re.search(r"out of memory|allocate (memory|\d)|bad_alloc|MemoryError", repr(error)):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
