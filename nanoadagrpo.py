@@ -1147,7 +1147,7 @@ def cut_vocabulary(model, known, catalogue, cfg):
     for small, rows in zip(tables_of(cut), true.values(), strict=True):
         small[:] = rows
     print_main(f"--model {cfg.model}: knows {sum(i < S for i in old)} of the {S} SID tokens")
-    return make_policy(cut, catalogue, cfg)
+    return Policy(cut, catalogue, cfg, policy.tokenizer)
 
 
 # == Part III: the workshop ==================================================================================
@@ -1320,12 +1320,12 @@ class Checkpoints:
         if cfg.resume and self.files():
             path = self.files()[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):
-                if not path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()[:16]):
+                if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
                     raise ValueError("its checksum is not that in its name")
                 # Copies: where a tensor begins in the file's memory can decide a product's last digit.
                 tensors = {key: x.clone().to(cfg.device) for key, x in load_file(path).items()}
-                text = tensors["state"].cpu().numpy().tobytes()
-                self.state = json.loads(text, object_hook=lambda x: tensors.get(x.get("<tensor>"), x))
+                self.state = json.loads(tensors["state"].cpu().numpy().tobytes(), object_hook=lambda x: (
+                    tensors[x["<tensor>"]] if "<tensor>" in x else x))
                 self.base, self.best, last = self.state["base"], self.state["best"], self.state["rows"][-1]
                 self.phase, self.step = last.get("method", "sft"), last["step"]  # it was saved after this row
                 if changed := [key for key, x in self.origin.items() if x != self.state["origin"][key]]:
@@ -1354,7 +1354,7 @@ class Checkpoints:
 
     def save(self, policy, optimizer, generators):
         older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
-        if not all(x.norm().isfinite() for x in policy.model.parameters()):  # the one before shall stay
+        if not torch.stack([x.norm() for x in policy.model.parameters()]).isfinite().all():  # keep the old
             raise UserError("the weights have run away, beyond float32; lower the learning rate")
 
         def number(tensor):

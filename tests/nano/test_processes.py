@@ -333,13 +333,18 @@ def test_ctrl_c_while_the_script_loads_ends_without_a_traceback(rank, tmp_path):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):
-    """The other one never comes. What waits is no Python, and would not hand the signal on to it."""
+def as_torchrun_does(processes, number):
+    """The environment of one process, and a free port to meet at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": ROOT, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {"WORLD_SIZE": processes, "RANK": number, "LOCAL_RANK": number, **where}
+
+
+def test_a_process_that_waits_for_another_hears_a_signal(tmp_path):
+    """The other one never comes. What waits is no Python, and would not hand the signal on to it."""
+    given = as_torchrun_does("2", "0")
+    environment, port = {**os.environ, "PYTHONPATH": ROOT, **given}, int(given["MASTER_PORT"])
     command = [sys.executable, nano.__file__, "--toy", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     for _ in range(600):  # until it listens: then it waits
@@ -400,10 +405,7 @@ def test_a_part_of_what_torchrun_sets_is_one_line(given, monkeypatch, capsys, tm
 @pytest.mark.parametrize("number", ["0", "1"])
 def test_processes_that_never_come_are_waited_for_for_minutes(number, monkeypatch, capsys, tmp_path):
     """Those of a torchrun that was killed while they loaded tried to connect for a day. Here, minutes are seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    for name, value in {"WORLD_SIZE": "2", "RANK": number, "LOCAL_RANK": number, **where}.items():
+    for name, value in as_torchrun_does("2", number).items():
         monkeypatch.setenv(name, value)
     meet = dist.rendezvous
 
@@ -418,10 +420,7 @@ def test_processes_that_never_come_are_waited_for_for_minutes(number, monkeypatc
 
 def test_processes_that_have_met_wait_for_each_other_for_hours(monkeypatch, tmp_path):
     """The first one trains the ranker while the others wait; GPUs also meet in the store, at their first sum."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", **where}.items():
+    for name, value in as_torchrun_does("1", "0").items():
         monkeypatch.setenv(name, value)
     met = {}
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: met.update(given))
