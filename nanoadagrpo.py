@@ -1545,8 +1545,9 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
             save_policy(policy, out / "policy")
         save_file(weights(ranker), out / "ranker.safetensors")
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
-        for path in (*checkpoints.files(), out / "checkpoint.partial"):  # the run is complete
-            path.unlink(missing_ok=True)
+        killed = [x for x in out.rglob(".tmp??????") if x.name[4:].isalnum() and x.is_file()]
+        for path in (*checkpoints.files(), out / "checkpoint.partial", *killed):  # the run is complete
+            path.unlink(missing_ok=True)  # the latter are safetensors' own, of a run that was killed
     return results, about
 
 

@@ -357,6 +357,23 @@ def test_a_checkpoint_that_is_forged_into_itself_is_read(here, shop):
     assert made(shop / "here") == made(shop / "whole")
 
 
+def test_what_a_kill_left_of_a_policy_that_was_being_saved_is_gone_at_the_end(here, shop):
+    for name in (".tmpA1b2C3", "policy/.tmpX9y8Z7"):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_bytes(b"half of it")
+    mine = [here / ".tmp_notes", here / "policy" / ".tmp", here / ".tmpA1b2C3-kept", here / ".tmpf0ld3r" / "inside"]
+    for path in mine:  # not of safetensors' making
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    resume("here")
+    left = {path for path in here.rglob("*") if "tmp" in path.name or path.name == "inside"}
+    assert left == {*mine, here / ".tmpf0ld3r"}
+    for path in mine:
+        path.unlink()
+    (here / ".tmpf0ld3r").rmdir()
+    assert made(shop / "here") == made(shop / "whole")
+
+
 @pytest.mark.parametrize("when", ["load_data", "make_generator"])  # before and after it is asked for a checkpoint
 def test_a_run_that_another_process_ends_meanwhile_is_not_begun_again(here, shop, monkeypatch, capsys, when):
     work = getattr(nano, when)
