@@ -1381,12 +1381,10 @@ class Checkpoints:
 
 def diagnostics(difficult, reliable, admitted, rewards, target_reward, rollouts, items, cfg):
     """What to look at when training goes wrong; docs/metrics.md defines each."""
-    lowest = torch.full_like(rewards[:, :1], -torch.inf)  # a negative that any ranker puts at the bottom
-    prominent = core.reliability(target_reward, rewards, lowest, **cfg.tau_rho_ties())
+    gate = core.gate_diagnostics(difficult, reliable, target_reward, rewards, tau=cfg.tau, ties=cfg.ties)
     same = (rollouts[:, None] == rollouts.unsqueeze(2)).all(-1)  # (B, K, K)
-    shares = dict(difficult=difficult, reliable=reliable, admitted=admitted, easy=~difficult,
-                  not_prominent=~prominent, not_suppressed=prominent & ~reliable, invalid_rollouts=items < 0,
-                  zero_spread=(rewards == rewards[:, :1]).all(1), duplicate_rollouts=same.tril(-1).any(-1))
+    shares = gate._asdict() | dict(admitted=admitted, invalid_rollouts=items < 0,  # by its method, D R or not
+                                   duplicate_rollouts=same.tril(-1).any(-1))
     return dict(reward=rewards.mean(), reward_spread=rewards.std(1).mean(),
                 **{name: which.float().mean() for name, which in shares.items()})
 

@@ -14,7 +14,7 @@ under any name; ``_compat`` is the one file that knows where arrays come from.
 """
 
 from .advantages import group_advantages, target_row_advantages
-from .gate import difficulty, reliability, sample_clip
+from .gate import GateDiagnostics, difficulty, gate_diagnostics, reliability, sample_clip
 from .groups import GroupOrder, group, group_by, in_batch_negatives, ungroup
 from .influence import RewardInfluence, Stratum, reward_influence
 from .loss import AdaGRPOLoss, adagrpo_loss, grpo_loss, length_normalized, nll_loss
@@ -24,12 +24,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaGRPOLoss",
+    "GateDiagnostics",
     "GroupOrder",
     "RewardInfluence",
     "RewardRanks",
     "Stratum",
     "adagrpo_loss",
     "difficulty",
+    "gate_diagnostics",
     "group",
     "group_advantages",
     "group_by",

@@ -1,8 +1,40 @@
 # SPDX-License-Identifier: MIT
 """The sample-level clip (eq. 7, 9, 10): which instances may add a policy gradient to their supervised loss."""
 
+from typing import Any, NamedTuple
+
 from ._checks import as_fraction, check_shape, check_tau, namespace
 from .ranks import doubled_ranks, policy_pool, reward_pool
+
+
+class GateDiagnostics(NamedTuple):
+    """Which instances are admitted, and why the others are not; see :func:`gate_diagnostics`.
+
+    Attributes
+    ----------
+    admitted : array, shape (B,), boolean
+        c: difficult and reliable.
+    difficult : array, shape (B,), boolean
+        D, as it was given.
+    easy : array, shape (B,), boolean
+        Not difficult.
+    reliable : array, shape (B,), boolean
+        R, as it was given.
+    not_prominent : array, shape (B,), boolean
+        Not reliable, and the truth is not in the top tau * K of the rollouts and itself by reward.
+    not_suppressed : array, shape (B,), boolean
+        Not reliable, although the truth is: a negative ranks above the bottom rho * K.
+    zero_spread : array, shape (B,), boolean
+        All K rewards are equal, so that the advantages are 0: if admitted, it teaches nothing.
+    """
+
+    admitted: Any
+    difficult: Any
+    easy: Any
+    reliable: Any
+    not_prominent: Any
+    not_suppressed: Any
+    zero_spread: Any
 
 
 def difficulty(target_logp, rollout_logp, /, *, tau: float = 1 / 3, ties: str = "min"):
@@ -164,6 +196,83 @@ def sample_clip(difficult, reliable, /):
     check_shape(xp, "difficult", difficult, "B", sizes, kind="bool")
     check_shape(xp, "reliable", reliable, "B", sizes, kind="bool")
     return difficult & reliable
+
+
+def gate_diagnostics(
+    difficult, reliable, target_reward, rollout_rewards, /, *, tau: float = 1 / 3, ties: str = "min"
+) -> GateDiagnostics:
+    """Why instances are not admitted: to be logged, as means over the batch.
+
+        prominent[b] = 1[ the truth's rank by reward, among the rollouts and itself, is <= tau * K ]
+        not_suppressed[b] = prominent[b] * (1 - R[b]),        so that R + not_prominent + not_suppressed = 1
+
+    Parameters
+    ----------
+    difficult : array, shape (B,), boolean
+        From :func:`difficulty`, or from the result of :func:`adagrpo_loss`.
+    reliable : array, shape (B,), boolean
+        From :func:`reliability`, or from the result of :func:`adagrpo_loss`.
+    target_reward : array, shape (B,), real floating
+        Reward of the ground truth, as it was given there.
+    rollout_rewards : array, shape (B, K), real floating
+        Rewards of the rollouts, as they were given there.
+    tau : float
+        Prominence fraction of K, as it was given there.
+    ties : {"min", "max", "average"}
+        Of the rewards, as it was given there.
+
+    Returns
+    -------
+    GateDiagnostics
+        Seven arrays (B,), boolean.
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape or dtype, tau outside (0, 1), tau * K < 1, or an unknown ``ties``.
+    TypeError
+        For what is no array, or is of another library than the first; it is a ValueError as well.
+
+    Notes
+    -----
+    Gradient: none, all are boolean.
+    NaN: where truth or rollouts hold one, the truth is not prominent; where a negative alone does, and the truth is
+    prominent, it counts as not suppressed.
+
+    The negatives take no part in ``prominent``: what they add to the rank of the truth is part of not_suppressed.
+
+    References
+    ----------
+    arXiv 2606.08480, Section 5 (the sample-level clip), eq. 9 and 10, taken apart.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> truth, rewards = np.asarray([0.9, 0.9, 0.2]), np.asarray([[0.5, 0.6, 0.7]] * 3)
+    >>> reliable = reliability(truth, rewards, np.asarray([[0.1], [0.8], [0.1]]))
+    >>> found = gate_diagnostics(np.asarray([True, True, True]), reliable, truth, rewards)
+    >>> found.admitted.tolist(), found.not_suppressed.tolist(), found.not_prominent.tolist()
+    ([True, False, False], [False, True, False], [False, False, True])
+    """
+    arrays = {"target_reward": target_reward, "rollout_rewards": rollout_rewards}
+    xp = namespace({"difficult": difficult, "reliable": reliable, **arrays})
+    sizes = {}
+    check_shape(xp, "difficult", difficult, "B", sizes, kind="bool")
+    check_shape(xp, "reliable", reliable, "B", sizes, kind="bool")
+    check_shape(xp, "target_reward", target_reward, "B", sizes)
+    entries, pool = policy_pool(xp, target_reward, rollout_rewards, names=tuple(arrays))
+    K = rollout_rewards.shape[-1]
+    prominent = doubled_ranks(xp, entries, pool, ties)[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
+    prominent = prominent & _comparable(xp, pool)
+    return GateDiagnostics(
+        admitted=difficult & reliable,
+        difficult=difficult,
+        easy=~difficult,
+        reliable=reliable,
+        not_prominent=~(prominent | reliable),
+        not_suppressed=prominent & ~reliable,
+        zero_spread=xp.all(rollout_rewards == rollout_rewards[:, :1], axis=1),
+    )
 
 
 def _comparable(xp, pool):

@@ -21,7 +21,7 @@ def advantage_rows(
     logp, rewards, negative_rewards, repeats=None, *,
     lam=1.0, tau=1 / 3, rho=0.1, ties="min", tol=1e-4, eps=1e-4, correction=1,
 ):  # fmt: skip
-    """Advantages (B, K+1) for the stack's loss, and which prompts were admitted (B,).
+    """Advantages (B, K+1) for the stack's loss; and, to be logged, core.GateDiagnostics: `admitted` (B,), and why not.
 
     logp, rewards (B, K+1): length-normalised log-likelihood under the policy that sampled, and reward; truth last.
     Take the mean over tokens in float32: a mean in bfloat16 is coarser than what D compares.
@@ -45,9 +45,14 @@ def advantage_rows(
         likelihood = likelihood - 1e9 * repeats
     difficult = core.difficulty(logp[:, -1] + float(tol), likelihood, tau=tau)
     reliable = core.reliability(rewards[:, -1], rewards[:, :-1], negative_rewards, tau=tau, rho=rho, ties=ties)
-    admitted = core.sample_clip(difficult, reliable)
+    gate = core.gate_diagnostics(difficult, reliable, rewards[:, -1], rewards[:, :-1], tau=tau, ties=ties)
     advantages = core.group_advantages(rewards[:, :-1], eps=eps, correction=correction)
-    return core.target_row_advantages(advantages, admitted, lam=lam), admitted
+    return core.target_row_advantages(advantages, gate.admitted, lam=lam), gate
+
+
+def shares(gate):
+    """What a trainer logs of a batch: the mean of each of the gate's diagnostics, by name (docs/metrics.md)."""
+    return {f"adagrpo/{name}": sum(which.tolist()) / len(which) for name, which in gate._asdict().items()}
 
 
 def _at_least_float32(x):

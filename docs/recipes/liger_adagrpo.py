@@ -24,7 +24,7 @@ def likelihood(hidden, weight, tokens, mask, rows_at_once=64):
 
 
 def adagrpo_step(hidden, weight, tokens, mask, rewards, negative_rewards, **gate):
-    """Loss (), likelihood (B, K+1) and admitted (B,). The ground truth is the last row of each group.
+    """Loss (), likelihood (B, K+1) and the gate's diagnostics, (B,) each. The truth is the last row of each group.
 
     hidden (B*(K+1), L, H) at the positions that predict tokens (B*(K+1), L), with gradient; mask boolean;
     rewards (B, K+1), negative_rewards (B, M).
@@ -33,7 +33,7 @@ def adagrpo_step(hidden, weight, tokens, mask, rewards, negative_rewards, **gate
     rows = core.group(torch.where(mask.bool(), tokens, -1), rewards.shape[1])  # (B, K+1, L)
     repeats = (rows[:, :-1] == rows[:, -1:]).all(-1)
     given = logp, rewards.to(logp.dtype), negative_rewards.to(logp.dtype), repeats
-    advantages, admitted = advantage_rows(*given, **gate)
+    advantages, diagnostics = advantage_rows(*given, **gate)
     # Without old_per_token_logps the loss takes the ratio to be 1, which is what the rows need.
     loss, _ = fused(hidden, weight, tokens, mask.int(), core.ungroup(advantages))
-    return loss, logp, admitted
+    return loss, logp, diagnostics

@@ -27,7 +27,7 @@ the place in the group, so they cannot score a negative. normalize_ctr_reward st
 
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, shares, which_core
 
 
 def is_truth(trainer, i, n):
@@ -62,7 +62,7 @@ def adagrpo_advantages(trainer, prompts, completions, ids, attend, counts, rewar
         negative_rewards = core.group(gather(scores), k + 1)[:, :negatives]
 
     repeats = torch.tensor(repeats_of_truth(everyone, k), device=rewards.device)
-    advantages, admitted = advantage_rows(logp, core.group(rewards, k + 1), negative_rewards, repeats, **gate)
-    trainer._metrics["adagrpo/nll"].append(-logp[:, -1].mean().item())
-    trainer._metrics["adagrpo/admitted"].append(admitted.float().mean().item())
+    advantages, diagnostics = advantage_rows(logp, core.group(rewards, k + 1), negative_rewards, repeats, **gate)
+    for name, value in {"adagrpo/nll": -logp[:, -1].mean().item(), **shares(diagnostics)}.items():
+        trainer._metrics[name].append(value)
     return core.ungroup(advantages)

@@ -24,7 +24,7 @@ def reward(tokens):
 
 
 def rows_and_advantages(logits, rng, **gate):
-    """The groups (B, K+1, L), truth last, their advantages (B, K+1), and which prompts were admitted (B,)."""
+    """The groups (B, K+1, L), truth last, their advantages (B, K+1), and the gate's diagnostics."""
     gumbel = rng.gumbel(size=(USERS, K, LEVELS, CODES))
     rows = np.concatenate([(logits[:, None] + gumbel).argmax(-1), TRUTH[:, None]], axis=1)  # (B, K+1, L)
     logp_table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -46,11 +46,11 @@ def train(steps=60, seed=0, rate=6.0):
     logits = rng.normal(size=(USERS, LEVELS, CODES))
     history = []
     for _ in range(steps):
-        rows, advantages, admitted = rows_and_advantages(logits, rng)
+        rows, advantages, diagnostics = rows_and_advantages(logits, rng)
         logp_table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         nll = -np.take_along_axis(logp_table, TRUTH[..., None], axis=-1).mean()
         logits = logits - rate * gradient(logits, rows, advantages)
-        history.append((nll, admitted.mean()))
+        history.append((nll, diagnostics.admitted.mean()))
     return history
 
 

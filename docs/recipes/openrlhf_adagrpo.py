@@ -83,11 +83,16 @@ class AdaGRPOExperienceMaker(RemoteExperienceMaker):
 
         repeats = torch.tensor(repeats_of_truth([tokens for _, tokens, _ in rows], k))
         grouped = core.group(torch.cat(logp)[order], k + 1), core.group(rewards, k + 1), negatives, repeats
-        advantages, admitted = advantage_rows(*grouped, **GATE)
-        advantages = core.ungroup(advantages)[order.argsort()].split([len(batch.index) for batch in experiences])
-        each = admitted.float().repeat_interleave(k + 1)[order.argsort()].split([len(a) for a in advantages])
-        for batch, rows_of_batch, open_gate in zip(experiences, advantages, each, strict=True):
-            batch.advantages = rows_of_batch[:, None] * batch.action_mask
+        advantages, diagnostics = advantage_rows(*grouped, **GATE)
+        logged = {  # OpenRLHF logs means over rows; its loss is a constant now
+            f"adagrpo/{name}": which.float().repeat_interleave(k + 1) for name, which in diagnostics._asdict().items()
+        }
+        logged["adagrpo/nll"] = -grouped[0][:, -1].repeat_interleave(k + 1)
+        columns = [core.ungroup(advantages), *logged.values()]
+        sizes = [len(batch.index) for batch in experiences]
+        parts = zip(*(column[order.argsort()].split(sizes) for column in columns), strict=True)
+        for batch, (own_advantages, *info) in zip(experiences, parts, strict=True):
+            batch.advantages = own_advantages[:, None] * batch.action_mask
             batch.returns = batch.advantages.clone()
-            batch.info["adagrpo/admitted"] = open_gate  # log the NLL too: OpenRLHF's loss is a constant now
+            batch.info |= zip(logged, info, strict=True)
         return experiences

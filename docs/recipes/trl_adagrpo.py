@@ -16,7 +16,7 @@ from collections import defaultdict
 
 import torch
 from accelerate.utils import gather, gather_object
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, which_core
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, shares, which_core
 from trl import GRPOTrainer
 from trl_checks import check_model, check_settings, target_ids, total_rewards
 
@@ -86,10 +86,11 @@ class AdaGRPOTrainer(GRPOTrainer):
             logp = self._get_per_token_logps_and_entropies(self.model, ids, attend, length, batch_size=chunk)[0]
         logp = gather(core.length_normalized(logp.float(), batch["completion_mask"].bool()))
         logp = core.group(logp, self.num_generations)  # (B, K+1)
-        advantages, admitted = advantage_rows(logp, *self._rewards, **self.gate)
+        advantages, diagnostics = advantage_rows(logp, *self._rewards, **self.gate)
         here = self._positions(len(inputs))
         batch["advantages"] = core.ungroup(advantages)[here.start : here.stop]
         self._logs["advantages"].extend(core.ungroup(advantages).tolist())  # it holds one batch: TRL's own drop out
-        self._metrics["train"]["adagrpo/nll"].append(-logp[:, -1].mean().item())  # TRL's own loss is a constant now
-        self._metrics["train"]["adagrpo/admitted"].append(admitted.float().mean().item())
+        nll = -logp[:, -1].mean().item()  # TRL's own loss is a constant now
+        for name, value in {"adagrpo/nll": nll, **shares(diagnostics)}.items():
+            self._metrics["train"][name].append(value)
         return batch

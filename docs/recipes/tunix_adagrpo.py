@@ -30,7 +30,7 @@ def with_truth(example, truth_ids, truth_mask, *, k):
 
 
 def with_advantages(example, token_logp, rewards, negative_rewards, *, k, **gate):
-    """The example with AdaGRPO's advantages, and which prompts were admitted (B,).
+    """The example with AdaGRPO's advantages, and the gate's diagnostics (`shares` of them is what to log).
 
     token_logp (B*(k+1), L) of the policy that sampled; rewards (B*(k+1),), truth last; negative_rewards (B, M).
     """
@@ -38,5 +38,5 @@ def with_advantages(example, token_logp, rewards, negative_rewards, *, k, **gate
     likelihood = core.group(core.length_normalized(token_logp.astype(jnp.float32), mask), k + 1)
     rows = core.group(jnp.where(mask, example.completion_ids, -1), k + 1)  # (B, K+1, L)
     repeats = (rows[:, :-1] == rows[:, -1:]).all(-1)
-    advantages, admitted = advantage_rows(likelihood, core.group(rewards, k + 1), negative_rewards, repeats, **gate)
-    return example.replace(advantages=core.ungroup(advantages)), admitted
+    advantages, diagnostics = advantage_rows(likelihood, core.group(rewards, k + 1), negative_rewards, repeats, **gate)
+    return example.replace(advantages=core.ungroup(advantages)), diagnostics

@@ -17,7 +17,7 @@ rows, which group_by refuses as a ragged group.
 import numpy as np
 import torch
 import transfer_queue as tq
-from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt
+from extra_row import advantage_rows, core, negative_rows, repeats_of_truth, same_prompt, shares
 from tensordict import TensorDict
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
@@ -74,10 +74,9 @@ class AdaGRPOTrainer(PPOTrainerSync):
         negative = torch.as_tensor(score(own, [responses[row] for row in rows.flatten()])).reshape(B, NEGATIVES)
 
         repeats = torch.tensor(repeats_of_truth([responses[row] for row in order], k))
-        sorted_rows, admitted = advantage_rows(likelihood, reward, negative.float(), repeats, **GATE)
+        sorted_rows, diagnostics = advantage_rows(likelihood, reward, negative.float(), repeats, **GATE)
         advantages = core.ungroup(sorted_rows)[torch.from_numpy(np.argsort(order))]  # in verl's order again
-        metrics["adagrpo/nll"] = -likelihood[:, -1].mean().item()
-        metrics["adagrpo/admitted"] = admitted.float().mean().item()
+        metrics.update({"adagrpo/nll": -likelihood[:, -1].mean().item(), **shares(diagnostics)})
         fields = {name: response_to_nested(advantages[:, None] * mask, lengths) for name in ("advantages", "returns")}
         fields = TensorDict(fields, batch_size=len(batch.keys))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)

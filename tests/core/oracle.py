@@ -43,6 +43,14 @@ def reliability(target, rollouts, negatives, tau, rho, ties="min"):
     return prominent and all(rank(negative, pool, ties) > (1 - rho) * K for negative in negatives)
 
 
+def gate_diagnostics(difficult, target, rollouts, negatives, tau, rho, ties="min"):
+    """Eq. 10 taken apart, in the order of the core's fields."""
+    clear, own = reliability(target, rollouts, negatives, tau, rho, ties), [target, *rollouts]
+    prominent = not any(map(math.isnan, own)) and rank(target, own, ties) <= tau * len(rollouts)
+    return (difficult and clear, difficult, not difficult, clear, not (prominent or clear), prominent and not clear,
+            all(reward == rollouts[0] for reward in rollouts))  # fmt: skip
+
+
 def advantages(rewards, eps=Fraction(0), correction=1):
     """Eq. 3."""
     rewards = [Fraction(reward) for reward in rewards]

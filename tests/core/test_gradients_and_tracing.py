@@ -12,6 +12,7 @@ import torch
 from adagrpo_core import (
     adagrpo_loss,
     difficulty,
+    gate_diagnostics,
     group,
     group_advantages,
     grpo_loss,
@@ -78,6 +79,9 @@ TRACED = {
     "difficulty": lambda a: difficulty(a["target_logp"], a["rollout_logp"], tau=0.29 + 0.11),
     "reliability": lambda a: reliability(a["target_reward"], a["rewards"], a["negatives"], ties="max"),
     "sample_clip": lambda a: sample_clip(a["clip"], a["clip"]),
+    "gate_diagnostics": lambda a: tuple(
+        gate_diagnostics(a["clip"], a["clip"], a["target_reward"], a["rewards"], tau=0.4)
+    ),
     "group_advantages": lambda a: group_advantages(a["rewards"]),
     "target_row_advantages": lambda a: target_row_advantages(a["advantages"], a["clip"], lam=0.5),
     "nll_loss": lambda a: nll_loss(a["target"], a["target_mask"]),

@@ -207,6 +207,8 @@ TIED = {"target_logp": np.asarray([-1.0]), "rollout_logp": np.asarray([[-1.0, -2
 SECOND = {**TIED, "target_logp": np.asarray([-1.5])}
 UNREWARDED = {"target_reward": np.ones(1), "rollout_rewards": np.zeros((1, 9)), "negative_rewards": np.zeros((1, 2))}
 EVEN = {**UNREWARDED, "rollout_rewards": np.arange(1, 10)[None] / 10, "negative_rewards": np.asarray([[-1.0]])}
+SHUT = {"difficult": np.ones(1, dtype=bool), "reliable": np.zeros(1, dtype=bool)}
+SHUT |= {"target_reward": np.asarray([0.45]), "rollout_rewards": EVEN["rollout_rewards"]}
 MIDDLE = np.sort(A["old"].mean(2), axis=1)[:, 2]
 
 OTHER = {  # function, setting: another value, and the arrays for which it must make a difference
@@ -217,6 +219,8 @@ OTHER = {  # function, setting: another value, and the arrays for which it must 
     ("reliability", "ties"): ("max", UNREWARDED),
     ("reliability", "tau"): (0.9, {**EVEN, "target_reward": np.asarray([0.45])}),
     ("reliability", "rho"): (0.3, {**EVEN, "negative_rewards": np.asarray([[0.45]])}),
+    ("gate_diagnostics", "ties"): ("max", {**SHUT, "rollout_rewards": np.full((1, 9), 0.45)}),
+    ("gate_diagnostics", "tau"): (0.9, SHUT),
     ("group_advantages", "eps"): (0.5, {}),
     ("group_advantages", "correction"): (0, {}),
     ("grpo_loss", "epsilon"): (0.1, FAR),

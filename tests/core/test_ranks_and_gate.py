@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adagrpo_core import difficulty, policy_rank, reliability, reward_ranks, sample_clip
+from adagrpo_core import difficulty, gate_diagnostics, policy_rank, reliability, reward_ranks, sample_clip
 
 from . import oracle
 from . import strategies as draw
@@ -102,6 +102,22 @@ def test_an_instance_is_admitted_where_it_is_difficult_and_reliable(xp):
     clip = xp.run(sample_clip, difficult, reliable)
     assert clip.dtype == bool
     assert clip.tolist() == [True, False, False, False]
+
+
+@every_backend
+@given(data=st.data(), pool=draw.pools(draw.WILD), rho=draw.rhos, ties=draw.ties)
+def test_gate_diagnostics_give_each_prompt_that_is_not_reliable_one_reason(xp, data, pool, rho, ties):
+    size, target, rollouts, negatives = pool
+    tau, hard = data.draw(draw.taus(size.K)), np.asarray(data.draw(st.permutations([True, False] * size.B))[: size.B])
+    clear = xp.run(reliability, target, rollouts, negatives, tau=float(tau), rho=float(rho), ties=ties)
+    found = xp.run(gate_diagnostics, hard, clear, target, rollouts, tau=float(tau), ties=ties)
+    assert {each.dtype.name for each in found} == {"bool"}
+    expected = [
+        oracle.gate_diagnostics(bool(hard[b]), target[b], rollouts[b], negatives[b], tau, rho, ties)
+        for b in range(size.B)
+    ]
+    assert [each.tolist() for each in found] == [list(each) for each in zip(*expected, strict=True)]
+    assert (found.reliable.astype(int) + found.not_prominent + found.not_suppressed == 1).all()
 
 
 # -- thresholds are exact ---------------------------------------------------------------------------------------------

@@ -31,6 +31,15 @@ ARGUMENTS = {  # function: its arrays by name, then the settings it needs
         {"target_reward": A["target_reward"], "rollout_rewards": A["rewards"], "negative_rewards": A["negatives"]},
         {},
     ),
+    "gate_diagnostics": (
+        {
+            "difficult": A["clip"],
+            "reliable": A["clip"],
+            "target_reward": A["target_reward"],
+            "rollout_rewards": A["rewards"],
+        },
+        {},
+    ),
     "sample_clip": ({"difficult": A["clip"], "reliable": A["clip"]}, {}),
     "group_advantages": ({"rewards": A["rewards"]}, {}),
     "nll_loss": ({"target_token_logp": A["target"], "mask": A["target_mask"]}, {}),
@@ -185,13 +194,13 @@ SWITCHES = True, False, np.bool_(True), np.asarray(True), torch.tensor(True), jn
 WRONG_SETTINGS = [
     *[
         (function, "tau", wrong)
-        for function in ("difficulty", "reliability", "adagrpo_loss")
+        for function in ("difficulty", "reliability", "gate_diagnostics", "adagrpo_loss")
         for wrong in (0, 1, -0.1, 1.5, NAN, 1e-7, 1 - 1e-7)
     ],
     *[(function, "rho", wrong) for function in ("reliability", "adagrpo_loss") for wrong in (0, 1, -0.1, 1e-7, NAN)],
     *[
         (function, "ties", wrong)
-        for function in ("policy_rank", "reward_ranks", "difficulty", "reliability", "adagrpo_loss")
+        for function in ("policy_rank", "reward_ranks", "difficulty", "reliability", "gate_diagnostics", "adagrpo_loss")
         for wrong in ("dense", None, "MIN", np.asarray(["min", "max"]))
     ],
     *[(function, "eps", wrong) for function in ("group_advantages", "adagrpo_loss") for wrong in (-1e-9, NAN)],
@@ -341,7 +350,7 @@ def test_a_setting_at_the_edge_of_what_works_is_taken():
     )
 
 
-@pytest.mark.parametrize("function", ["difficulty", "reliability", "adagrpo_loss"])
+@pytest.mark.parametrize("function", ["difficulty", "reliability", "gate_diagnostics", "adagrpo_loss"])
 def test_a_tau_that_admits_nothing_is_refused_with_the_tau_and_the_k_that_would_do(function):
     given, settings = ARGUMENTS[function]
     message = refusal(function, given, {**settings, "tau": 0.19})  # K is 5

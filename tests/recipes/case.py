@@ -36,9 +36,30 @@ class Case:
 
     def rows(self, **settings):
         """Advantages (B*(K+1),) and admitted (B,), from the core."""
+        advantages, gate = self.judged(**settings)
+        return advantages.flatten(), gate.admitted
+
+    def judged(self, **settings):
         likelihood = core.length_normalized(core.group(self.logp(self.start), K + 1), self.mask)
-        advantages, admitted = advantage_rows(likelihood, self.rewards, self.negative_rewards, **{**GATE, **settings})
-        return advantages.flatten(), admitted
+        return advantage_rows(likelihood, self.rewards, self.negative_rewards, **{**GATE, **settings})
+
+    def logged(self):
+        """What a trainer has to log of this batch: the NLL and, by loops, the share of each of the diagnostics."""
+        likelihood = core.length_normalized(core.group(self.logp(self.start), K + 1), self.mask).tolist()
+        found = []
+        for logp, rewards, negatives in zip(
+            likelihood, self.rewards.tolist(), self.negative_rewards.tolist(), strict=True
+        ):
+            hard = 1 + sum(other > logp[-1] for other in logp) > TAU * K
+            prominent = 1 + sum(r > rewards[-1] for r in rewards) <= TAU * K
+            pool = [*rewards, *negatives]
+            clear = 1 + sum(r > rewards[-1] for r in pool) <= TAU * K
+            clear &= all(1 + sum(r > negative for r in pool) > (1 - RHO) * K for negative in negatives)
+            found.append({"adagrpo/nll": -logp[-1], "adagrpo/admitted": hard and clear, "adagrpo/difficult": hard,
+                          "adagrpo/easy": not hard, "adagrpo/reliable": clear, "adagrpo/not_prominent": not prominent,
+                          "adagrpo/not_suppressed": prominent and not clear,
+                          "adagrpo/zero_spread": len({*rewards[:-1]}) == 1})  # fmt: skip
+        return {name: sum(row[name] for row in found) / len(found) for name in found[0]}
 
 
 def make(*, ragged=False, dtype=torch.float64, seed=3):

@@ -19,9 +19,9 @@ def test_ligers_loss_on_our_rows_has_the_gradient_of_the_objective(ragged):
 
     case = make(ragged=ragged, dtype=torch.float32)
     hidden, weight, tokens, mask = inputs(case)
-    loss, _, admitted = adagrpo_step(hidden, weight, tokens, mask, case.rewards, case.negative_rewards, **GATE)
+    loss, _, gate = adagrpo_step(hidden, weight, tokens, mask, case.rewards, case.negative_rewards, **GATE)
     loss.backward()
-    assert admitted.tolist() == case.rows()[1].tolist()
+    assert gate.admitted.tolist() == case.rows()[1].tolist()
     name = "Liger-Kernel, ragged" if ragged else "Liger-Kernel"
     assert report(name, weight.grad, by_hand(case, case.start)) < 1e-6
 

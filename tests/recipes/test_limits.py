@@ -65,12 +65,12 @@ def test_rollouts_that_repeat_the_truth_never_beat_it_however_they_were_rounded(
     rewards, negatives = rng.normal(size=(5, k + 1)).astype(np.float32), np.full((5, 1), -9, np.float32)
     rewards[:, k] = 9.0
     given = [backend(x) for x in (logp, rewards, negatives)]
-    assert advantage_rows(*given)[1].tolist() == [bool(noise)] * 5  # by tol alone
-    assert advantage_rows(*given, backend(repeats))[1].tolist() == [False] * 5  # they are easy
+    assert advantage_rows(*given)[1].admitted.tolist() == [bool(noise)] * 5  # by tol alone
+    assert advantage_rows(*given, backend(repeats))[1].admitted.tolist() == [False] * 5  # they are easy
     for b in range(5):  # and a truth that others beat stays difficult
         logp[b, 0:k:2] = -3.0
-    advantages, admitted = advantage_rows(backend(logp), *given[1:], backend(repeats))
-    assert admitted.tolist() == [True] * 5
+    advantages, gate = advantage_rows(backend(logp), *given[1:], backend(repeats))
+    assert gate.admitted.tolist() == [True] * 5
     np.testing.assert_array_equal(advantages, advantage_rows(backend(logp), *given[1:])[0])
 
 
@@ -109,7 +109,8 @@ def test_rows_in_half_precision_are_judged_in_float32(library, dtype):
         def into(x):
             return torch.tensor(x, dtype=kind) if library is torch else library.asarray(x, dtype=kind)
 
-        return advantage_rows(into(logp), into(rewards), into(np.full((2, 1), -1.0)), rho=0.5, tol=1e-4)
+        advantages, gate = advantage_rows(into(logp), into(rewards), into(np.full((2, 1), -1.0)), rho=0.5, tol=1e-4)
+        return advantages, gate.admitted
 
     advantages, admitted = rows(kind)
     expected, wanted = rows(library.float32)

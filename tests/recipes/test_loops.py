@@ -40,7 +40,8 @@ def test_numpys_written_out_gradient_of_the_rows_is_that_of_the_explicit_loss():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(numpy_loop.USERS, numpy_loop.LEVELS, numpy_loop.CODES))
     state = rng.bit_generator.state
-    rows, advantages, admitted = numpy_loop.rows_and_advantages(logits, rng, lam=0.7)
+    rows, advantages, gate = numpy_loop.rows_and_advantages(logits, rng, lam=0.7)
+    admitted = gate.admitted
     assert 0 < admitted.sum() < len(admitted)
     rng.bit_generator.state = state
     rng.gumbel(size=(numpy_loop.USERS, numpy_loop.K, numpy_loop.LEVELS, numpy_loop.CODES))

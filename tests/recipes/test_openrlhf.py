@@ -162,6 +162,8 @@ def test_the_recipes_experience_maker_puts_in_the_truth_and_gives_every_row_its_
             assert batch.sequences[row, 1:][mask].tolist() == tokens.tolist()
             torch.testing.assert_close(batch.advantages[row, mask], expected[index].expand(int(mask.sum())))
             assert (batch.advantages[row, ~mask] == 0).all()
+    for name, value in case.logged().items():
+        assert torch.cat([batch.info[name] for batch in experiences]).mean() == pytest.approx(value, rel=1e-6), name
     groups = [[case.tokens[b, k][case.mask[b, k]].tolist() for k in range(K)] for b in range(B)]
     # The last batch of an epoch may have a single prompt: nobody is admitted, and the truth is learnt from.
     for batch in made.make_experience_batch(samples(case)[: K + 1]):

@@ -446,5 +446,10 @@ def test_the_recipe_learns(tmp_path):
 
     run = trl_run.trainer(str(tmp_path), max_steps=30, logging_steps=15)
     run.train()
-    first, last = [log["adagrpo/nll"] for log in run.state.log_history if "adagrpo/nll" in log]
-    assert last < first - 0.3
+    first, last = [log for log in run.state.log_history if "adagrpo/nll" in log]
+    assert last["adagrpo/nll"] < first["adagrpo/nll"] - 0.3
+    for log in (first, last):  # the shares that explain each other add up
+        reasons = [log[f"adagrpo/{name}"] for name in ("reliable", "not_prominent", "not_suppressed")]
+        assert sum(reasons) == pytest.approx(1)
+        assert log["adagrpo/difficult"] + log["adagrpo/easy"] == pytest.approx(1)
+        assert log["adagrpo/admitted"] <= min(log["adagrpo/difficult"], log["adagrpo/reliable"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from case import GATE, B, K, L, V, by_hand, make, moved, relative, report
+from extra_row import shares
 
 import adagrpo_core as core
 
@@ -60,8 +61,10 @@ def gradient(tunix, case, W, *, mode="sequence-mean-token-mean", on_policy=True)
     example = tunix_adagrpo.with_truth(example, tokens[:, K], jnp.asarray(case.mask[:, K].numpy()), k=K)
     assert (example.completion_ids == tokens.reshape(-1, L)).all() and (example.completion_mask == mask).all()
     rewards, negative_rewards = jnp.asarray(case.rewards.flatten().numpy()), jnp.asarray(case.negative_rewards.numpy())
-    example, admitted = tunix_adagrpo.with_advantages(example, logp, rewards, negative_rewards, k=K, **GATE)
-    assert admitted.tolist() == case.rows()[1].tolist()
+    example, gate = tunix_adagrpo.with_advantages(example, logp, rewards, negative_rewards, k=K, **GATE)
+    assert gate.admitted.tolist() == case.rows()[1].tolist()
+    logged = case.logged()
+    assert shares(gate) == {name: pytest.approx(logged[name]) for name in logged if name != "adagrpo/nll"}
     config = SimpleNamespace(beta=0.0, epsilon=0.2, loss_algo="grpo", loss_agg_mode=mode, temperature=1.0)
 
     @nnx.jit
