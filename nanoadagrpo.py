@@ -612,9 +612,11 @@ def load_data(folder, cfg):
         raise UserError(f"{folder}: holds neither index.json nor catalogue.json to read, see docs/data.md"
                         + "; if the data have moved, name them by --data" * bool(cfg.resume))
     catalogue, ending = Catalogue(read_catalogue(folder / source), device), LAYOUTS[source]
-    for name, other in itertools.product(("rl", "log"), (".csv", ".jsonl", ".json", ".csv.gz", ".jsonl.gz")):
-        if other != ending and os.path.lexists(path := folder / f"{name}{other}"):
-            raise UserError(f"{path}: {source} goes with {ending} files; convert this one, or move it away")
+    for path in sorted(folder.iterdir()):  # what would not be read, Log.jsonl on Linux too
+        optional = re.fullmatch(r"(rl|log)\.(csv|tsv|jsonl?)(\.gz)?", path.name, re.I)
+        if optional and path.name not in (f"rl{ending}", f"log{ending}"):
+            raise UserError(f"{path}: {source} goes with {optional[1].lower()}{ending}; convert or rename this "
+                            "file, or move it away")
 
     def prompts(name):
         history, target = read_rows(folder / f"{name}{ending}", catalogue, source, cfg)
@@ -1728,7 +1730,7 @@ def main(argv=None):
         if stopped or interrupt.code:  # a library may make another error of it
             text = (stopped and text) or "stopped; nothing is lost"
             code = interrupt.code or 130
-        elif re.search(r"out of memory|allocate (memory|\d)|bad_alloc|MemoryError", repr(error)):
+        elif re.search(r"out of memory|allocate (memory|[\d.]+ .iB)|bad_alloc|MemoryError", repr(error)):
             text = ("out of memory; begin a new run with lower --batch-size, --micro-batch-size, "
                     "--group-size, --eval-batch-size, --beam-width or --negatives")
         elif isinstance(error, RuntimeError):

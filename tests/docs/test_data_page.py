@@ -102,14 +102,15 @@ def test_what_the_page_says_is_refused_is_refused_by_its_line(old, new, word, tm
     assert word in str(refused.value)
 
 
-def test_names_in_capitals_are_other_files_where_the_file_system_tells_them_apart(tmp_path):
-    """Elsewhere they are the files themselves, as the page says."""
+@pytest.mark.parametrize("name", ["log", "rl"])
+@pytest.mark.parametrize("other", ["{}.JSONL", "{}.tsv", "{}.json", "{}.jsonl.gz", "{}.csv"])
+def test_a_log_or_rl_with_another_ending_or_in_capitals_is_refused_as_the_page_says(tmp_path, name, other):
+    """Also where the file system ignores case, and would read it."""
     folder = unpack(EXAMPLES[0], tmp_path / "shop")
-    for name in ("log", "rl"):
-        (folder / f"{name}.jsonl").rename(folder / f"{name.upper()}.jsonl")
-    data, ignored = nano.load_data(folder, nano.Settings(device="cpu")), (folder / "log.jsonl").exists()
-    assert ("there is no log.jsonl" in data.source) == (not ignored)
-    assert len(data.rl.target) == (2 if ignored else 3)
+    other = other.format(name.upper())
+    (folder / f"{name}.jsonl").rename(folder / other)
+    with pytest.raises(nano.UserError, match=rf"shop/{re.escape(other)}: .*{name}\.jsonl; convert or rename"):
+        nano.load_data(folder, nano.Settings(device="cpu"))
 
 
 def test_an_empty_history_is_refused_in_prompts(tmp_path):

@@ -34,10 +34,11 @@ class Reading:
         self.ending = ".csv" if self.csv else ".jsonl"
         self.sids = self.read_catalogue()
         self.items = {self.joined(sid): i for i, sid in enumerate(self.sids)}
-        others = {".csv", ".jsonl", ".json", ".csv.gz", ".jsonl.gz"} - {self.ending}
-        for name, other in itertools.product(EXTRA, others):
-            if os.path.lexists(self.folder / (name + other)):
-                raise Bad(name + other, f"of another layout than {self.source}")
+        endings = [kind + packed for kind in (".csv", ".tsv", ".json", ".jsonl") for packed in ("", ".gz")]
+        for found in sorted(os.listdir(self.folder)):
+            for name, ending in itertools.product(EXTRA, endings):
+                if found.lower() == name + ending and found != name + self.ending:
+                    raise Bad(found, f"of another layout than {self.source}")
         for name in [*SPLITS, *EXTRA]:
             path = self.folder / (name + self.ending)
             if name in SPLITS or path.is_symlink() or path.exists():

@@ -229,12 +229,17 @@ def test_a_file_of_the_other_layout_is_not_passed_over_in_silence(folder, capsys
     layout(folder / "shop")
     (folder / "shop" / "log.csv").unlink(missing_ok=True)
     source, ending = ("index.json", "csv") if (folder / "shop" / "index.json").exists() else ("catalogue.json", "jsonl")
-    for other in {"csv", "jsonl", "json", "csv.gz", "jsonl.gz"} - {ending}:
-        (folder / "shop" / f"{name}.{other}").write_text("")
+    others = [f"{name}.{other}" for other in {"csv", "tsv", "jsonl", "json", "csv.gz", "jsonl.gz"} - {ending}]
+    others += [f"{name}.{ending}".upper(), f"{name}.{ending}".capitalize(), f"{name}.{ending.upper()}"]
+    for other in others:
+        (folder / "shop" / other).write_text("")
         line = refused(capsys, run)
-        said = f"shop/{name}.{other}: {source} goes with .{ending} files; convert this one"
-        assert line.startswith(f"nanoadagrpo: {said}")
-        (folder / "shop" / f"{name}.{other}").unlink()
+        said = f"shop/{other}: {source} goes with {name}.{ending}; convert or rename this file, or move it away"
+        assert line == f"nanoadagrpo: {said}"
+        (folder / "shop" / other).unlink()
+    for other in (f"{name}.{ending}.bak", f"{name}.txt", f"old-{name}.{ending}", f"{name}s.{ending}"):
+        (folder / "shop" / other).write_text("")  # nobody takes these for it
+    run()
 
 
 @both

@@ -247,6 +247,8 @@ FAULTS = {
                              "def score(history, item):\n    raise Odd\n", ["Odd", "line 6"]),
     "a cancelled task": ("import asyncio\ndef score(history, item):\n    raise asyncio.CancelledError('late')\n",
                          ["CancelledError", "mine.py, line 4", "late"]),
+    "a message about slots": ("def score(history, item):\n    raise ValueError('cannot allocate 5 slots')\n",
+                              ["ValueError", "mine.py, line 3", "cannot allocate 5 slots"]),
     "a message of two lines": ("def score(history, item):\n    raise ValueError('one\\ntwo')\n", ["one", "line 3"]),
     "shape": ("def score(history, item):\n    return item.sum(1)\n", ["[(2,)] instead of (2, 3)"]),
     "a shape of one row": ("def score(history, item):\n    return item[0] * 1.0\n", ["[(3,)] instead of (2, 3)"]),
