@@ -34,6 +34,7 @@ RUN_BY = {
     "python docs/evidence/tuned.py": "tests/evidence/test_tuned.py",
     "python tests/benchmarks/speed.py": "tests/nano/test_benchmarks.py",
     "python tests/benchmarks/feedback.py": "tests/nano/test_benchmarks.py",
+    "python tests/benchmarks/same.py": "tests/nano/test_benchmarks.py",
     "python tests/benchmarks/memory.py": "tests/docs/test_scale_page.py",
     "python docs/figures/make.py": "tests/docs/test_figures.py",
     "python docs/figures/dynamics.py": "tests/docs/test_figures.py",

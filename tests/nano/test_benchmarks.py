@@ -4,6 +4,7 @@
 import functools
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import nanoadagrpo as nano
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import families
 import feedback
+import same
 import speed
 import work
 
@@ -123,6 +125,30 @@ def test_cost_over_the_vocabulary_is_measured_beside_another_checkout(tmp_path, 
     found = page.read_text().split("\n| 1,000 | ")[1].split(" | ")
     assert len(found) == 5 and found[0] == found[2] and 0.1 < float(found[4].split()[0]) < 10, "the same script twice"
     assert found[0] == "0.1", "millions of weights: 999 words of 32 numbers, and two layers"
+
+
+def test_a_version_of_the_script_that_leaves_out_one_update_is_not_the_same(tmp_path, monkeypatch, capsys):
+    script = (same.ROOT / "nanoadagrpo.py").read_text()
+    changed = script.replace("self.adamw.step()", "self.adamw.step() if where != 'adagrpo, step 1' else 0")
+    assert changed != script
+    (tmp_path / "nanoadagrpo.py").write_text(changed)
+    (tmp_path / "adagrpo_core").symlink_to(same.ROOT / "adagrpo_core")
+    monkeypatch.setattr(same, "RUNS", {"brief": "--toy", "on data": "--data {data}"})
+    monkeypatch.setattr(same, "SMALL", "--sft-steps 1 --rl-steps 2 --batch-size 8 --eval-prompts 8 --beam-width 10")
+    assert same.main([str(tmp_path)]) == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    differ, tensors, gap = re.fullmatch(r"\| brief \| (\d+) of (\d+) \| (\S+) \(\w.*\) \|", line).groups()
+    assert 0 < int(differ) < int(tensors) and float(gap) > 0, "the ranker is the same"
+
+
+def test_the_same_weights_and_metrics_are_the_same():
+    rows, weights = [{"nll": 1.5, "phase": "rl", "seconds": 3}], {("policy", "x"): torch.ones(2)}
+    assert same.differences((rows, weights), ([{**rows[0], "seconds": 4}], dict(weights))) == (0, 1, 0.0, "")
+    assert same.differences((rows, weights), (rows, {("policy", "x"): torch.tensor([1, 1 + 1e-7])}))[0] == 1
+    assert same.differences((rows, weights), (rows, {})) == (1, 1, 0.0, "")
+    assert same.differences((rows, weights), ([{**rows[0], "nll": 1.0}], weights))[2:] == (0.5, "nll")
+    assert same.differences((rows, weights), ([{**rows[0], "phase": "sft"}], weights))[2] == float("inf")
+    assert same.differences((rows, weights), (rows * 2, weights))[2] == float("inf")
 
 
 def test_the_sweep_over_model_families_tells_right_from_refused(capsys):
