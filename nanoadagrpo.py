@@ -29,7 +29,7 @@ Where this differs from the paper, or the paper is silent (at first reading, go 
  7. HR counts places among the valid beams only: in service, the others would be dropped. The paper does not
     define ClkRwd@k and OrdRwd@k; its values grow with k, so here they are the best score up to place k.
  8. Pure GRPO has a learning rate of its own: without NLL, lambda only scales the loss, which Adam undoes.
- 9. Two controls are added: continued training by NLL alone, and a random gate as wide as AdaGRPO's.
+ 9. Two controls are added: continued training by NLL alone, and a gate that admits as many at random.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ class Settings:
     seed: int = option(0, "decides everything random: equal seeds, equal numbers on a CPU", high=2**63 - 1)
     group_size: int = option(16, "K, rollouts per prompt", 2, group="method and gate")
     negatives: int = option(1, "M, other prompts' rollouts that the ranker must put at the bottom")
-    tau: float = option(1 / 3, "top fraction of K: D needs the truth below it, R within it", 1e-6, 0.999999)
+    tau: float = option(1 / 3, "top fraction of K: D needs the truth beyond it, R within it", 1e-6, 0.999999)
     rho: float = option(0.3, "bottom fraction of K: R needs each negative there; paper: 0.1", 1e-6, 0.999999)
     ties: str = option("min", "rank of equal rewards; max for rewards of 0 and 1", choices="min average max")
     lam: float = option(5.0, "lambda, weight of the admitted GRPO term beside the NLL")
-    epsilon: float = option(0.2, "clip of the ratio in eq. 4; has work to do only with --updates above 1")
+    epsilon: float = option(0.2, "clip of the ratio in eq. 4; matters only with --updates above 1")
     reward: str = option("", "package.module:function as reward instead of the ranker (docs/models.md)")
     floor: float = option(0.0, "reward of what is no item; the ranker's rewards lie in 0..2", -1e30, 1e30)
-    constrained: bool = option(False, "sample and search only what is an item; likelihoods stay free")
+    constrained: bool = option(False, "sample and search items only; likelihoods are over all words")
     sft_steps: int = option(400, "steps that train the base policy; 0: take --model", group="optimisation")
     sft_batch_size: int = option(128, "prompts per supervised step", 1)
     sft_lr: float = option(3e-3, "peak learning rate of the supervised steps; for --model rather 3e-4")
@@ -127,7 +127,7 @@ class Settings:
     bait: float = option(1.0, "toy: how far clicks in baited contexts follow bait, not taste; 0..1", high=1)
     beam_width: int = option(50, "W, beams per prompt in evaluation", 1, group="evaluation")
     eval_prompts: int = option(4000, "test prompts at the end; a quarter as many for validation", 1, 10**9)
-    eval_every: int = option(50, "steps between two points of the training curve", 1)
+    eval_every: int = option(50, "steps between two validations", 1)
     eval_batch_size: int = option(250, "prompts that are evaluated at once", 1)
     keep: str = option("last", "policy to test and save; best: by validation HR@10", choices="last best")
     out: str = option("", "folder for the results, new; default: one under runs/", group="running")
@@ -151,7 +151,7 @@ class PromptCache(NamedTuple):
 
     kv_cache: list  # per layer, keys and values (B, heads, T, width)
     mask: torch.Tensor  # (B, T) boolean attention mask, False at padding
-    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the answer's first token; 1: the tree's root
+    next_logp: torch.Tensor  # (B, 1, V) log-probabilities of the answer's first token; 1: a single branch
     target_logp: torch.Tensor | None = None  # (B, L) log-probabilities of the truth's tokens, if asked for
 
     def rows(self, index):
@@ -183,7 +183,7 @@ class Policy:
         Returns log-probabilities of what follows each token (B, n, V), or only the last `keep` of them if it
         is not 0; and the KV cache, longer by n.
         """
-        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # others it sees; same for siblings; padding: 0
+        positions = (attention_mask.sum(-1) - 1).clamp(min=0)  # = others it sees; padding: 0
         # Added to the attention scores. Not -inf: padding may see nothing; a softmax of -inf alone is NaN.
         mask = torch.where(attention_mask, 0.0, -1e30)[:, None]
         mask = mask.to(torch.bfloat16 if self.bf16 else self.model.dtype)
@@ -207,7 +207,7 @@ def prefill(policy, history, target=None):
     if policy.start is not None:  # left of the padding, which the mask hides
         tokens = F.pad(tokens, (1, 0), value=policy.start)
     T, keep = tokens.shape[1], 1  # the last `keep` tokens predict; here <next> alone
-    if target is not None:  # L tokens predict the truth: <next>, and the truth's own but for the last
+    if target is not None:  # L tokens predict the truth: <next>, and all of its own but the last
         truth, keep = policy.catalogue.tokens[target], policy.catalogue.L
         tokens = torch.cat([tokens, truth[:, :-1]], 1)
     mask = tokens >= 0
@@ -219,8 +219,8 @@ def prefill(policy, history, target=None):
 
 
 # A tree of Semantic IDs grows on each prompt, one token per level. At first the prompt is its only branch. At
-# each level a function `select`, made by sample(...) or beam(...), chooses n branches one token longer than
-# the m that there are; `tree_decode` does the rest. `select` is given
+# each level a function `select`, made by sample(...) or beam(...), extends the m branches to n, which are one
+# token longer; `tree_decode` does the rest. `select` is given
 #     prefix (B, m, level), the tokens of each branch so far; next_logp (B, m, V), log-probabilities of all
 #     tokens that could follow; branch_logp (B, m), the log-probability of each branch
 # and returns parent (B, n) and token (B, n): new branch j is the old branch parent[j], then token[j].
@@ -342,13 +342,13 @@ METHODS = {
 }
 
 
-@torch.no_grad()  # samples need no graph: `learn` runs those of the admitted, often a tenth, again with it
+@torch.no_grad()  # samples need no graph: `learn` runs those of the admitted prompts again, with one
 def rollout(policy, batch, parts, K, generator):
     """Sample K Semantic IDs for each prompt of the batch, of which this process runs the slices `parts`.
 
     Returns tokens and log-probabilities (B, K, L) of the rollouts, and log-probabilities (B, L) of the truth;
-    and the prompts' cache with its graph, from which `learn` goes on. It is None if there are several parts,
-    whose graphs might not fit in memory: then `learn` runs the prompts again.
+    and the prompts' cache with its graph, from which `learn` goes on. With several parts it is None, since
+    their graphs might not fit in memory: then `learn` runs the prompts again.
     """
     B, L = len(batch.target), policy.catalogue.L
     uniform = torch.rand(L, B, K, generator=generator, device=batch.target.device)
@@ -366,7 +366,7 @@ def draw_negatives(items, prompt_rows, M, generator):
     """For each prompt M random rollouts of others: (B, K) -> (B, M). Equal prompt_rows (B,): same prompt."""
     B, K = items.shape
     keys = torch.rand(B, B * K, generator=generator, device=items.device)  # (prompts, rollouts of all)
-    # The core takes the M smallest keys, none of its own K. + 1: rollouts of an equal prompt come last.
+    # The core takes the M smallest keys, none of its own K. + 1 puts the rollouts of equal prompts last.
     keys += prompt_rows[:, None] == prompt_rows.repeat_interleave(K)
     return items.flatten()[core.in_batch_negatives(keys, k=K, m=M)]
 
@@ -411,7 +411,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
 
     for step in progress(range(first_step, cfg.rl_steps), name):
         batch = prompts.rows(order[step])
-        cache, selected = None, [()] * len(parts)  # stay so without rollouts
+        cache, selected = None, [()] * len(parts)  # what `learn` is given without rollouts
         stats, checked = {}, {}  # `stats` are logged; both have to be finite, or the run stops
         if method.admit:
             # -- roll out: K samples of each prompt, from the policy as it is --------------------------------
@@ -432,7 +432,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
                                        core.length_normalized(old_logp))  # (B, K)
             # D (eq. 7): among truth and rollouts, the policy puts the truth beyond place tau * K (6 to 17).
             # R (eq. 9): among these and negatives, the ranker puts the truth within place tau * K (1 to 5),
-            # each negative beyond (1 - rho) * K (12 to 18). Place 1 is best; (places) for K = 16, M = 1.
+            # each negative beyond (1 - rho) * K (12 to 18). Place 1 is best; in brackets: K = 16, M = 1.
             difficult = core.difficulty(target_mean, rollout_mean, tau=cfg.tau)  # (B,)
             reliable = core.reliability(target_reward, rewards, negative_rewards, **cfg.tau_rho_ties())
             admitted = method.admit(difficult, reliable, batch, generators["random gate"])  # (B,)
@@ -443,7 +443,7 @@ def train_rl(policy, reward_fn, prompts, cfg, name, log, restore=lambda *_: 0, o
                 if len(rows):
                     selected[i] = rows, rollouts[part][rows], old_logp[part][rows], advantages[part][rows]
 
-        # -- learn: everyone from the truth (but for pure GRPO), the admitted from their rollouts (eq. 5) ----
+        # -- learn: all from the truth (but for pure GRPO), the admitted from their rollouts too (eq. 5) -----
         for _ in range(cfg.updates):
             terms = [learn(policy, batch.rows(part), each, cache, method, cfg)
                      for part, each in zip(parts, selected, strict=True)]
@@ -615,8 +615,8 @@ def load_data(folder, cfg):
     for path in sorted(folder.iterdir()):  # what would not be read, Log.jsonl on Linux too
         optional = re.fullmatch(r"(rl|log)\.(csv|tsv|jsonl?)(\.gz)?", path.name, re.I)
         if optional and path.name not in (f"rl{ending}", f"log{ending}"):
-            raise UserError(f"{path}: {source} goes with {optional[1].lower()}{ending}; convert or rename this "
-                            "file, or move it away")
+            raise UserError(f"{path}: {source} goes with {optional[1].lower()}{ending}; convert or rename this, "
+                            "or move it away")
 
     def prompts(name):
         history, target = read_rows(folder / f"{name}{ending}", catalogue, source, cfg)

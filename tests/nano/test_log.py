@@ -234,7 +234,7 @@ def test_a_file_of_the_other_layout_is_not_passed_over_in_silence(folder, capsys
     for other in others:
         (folder / "shop" / other).write_text("")
         line = refused(capsys, run)
-        said = f"shop/{other}: {source} goes with {name}.{ending}; convert or rename this file, or move it away"
+        said = f"shop/{other}: {source} goes with {name}.{ending}; convert or rename this, or move it away"
         assert line == f"nanoadagrpo: {said}"
         (folder / "shop" / other).unlink()
     for other in (f"{name}.{ending}.bak", f"{name}.txt", f"old-{name}.{ending}", f"{name}s.{ending}"):
