@@ -615,8 +615,8 @@ def load_data(folder, cfg):
     for path in sorted(folder.iterdir()):  # what would not be read, Log.jsonl on Linux too
         optional = re.fullmatch(r"(rl|log)\.(csv|tsv|jsonl?)(\.gz)?", path.name, re.I)
         if optional and path.name not in (f"rl{ending}", f"log{ending}"):
-            raise UserError(f"{path}: {source} goes with {optional[1].lower()}{ending}; convert or rename this, "
-                            "or move it away")
+            raise UserError(f"{path}: {source} goes with {optional[1].lower()}{ending}; convert or rename "
+                            "this, or move it away")
 
     def prompts(name):
         history, target = read_rows(folder / f"{name}{ending}", catalogue, source, cfg)
