@@ -921,8 +921,10 @@ def own_reward(cfg, names, history, item):
     def numbers(x):  # in float64: of large scores, such as times in seconds, float32 would make ties
         if isinstance(x, list | tuple) and any(torch.is_tensor(row) for row in x):
             return torch.stack([*map(numbers, x)])  # NumPy takes no list of tensors on a GPU
-        x = x if torch.is_tensor(x) else np.array(x, float)
-        return torch.as_tensor(x, dtype=torch.float64, device=item.device)
+        x = x if torch.is_tensor(x) else np.array(x, subok=True)
+        if isinstance(x, np.ma.MaskedArray) or re.search("complex|time", str(x.dtype)):
+            raise TypeError("a score is masked, complex or a time")
+        return (x if torch.is_tensor(x) else torch.tensor(x.astype(float))).to(item.device, torch.float64)
 
     sys.path.append(here := os.getcwd())  # modules in the current folder are found too
     try:
@@ -1171,6 +1173,8 @@ def in_one_line(what, remedy=""):
     try:
         yield
     except Exception as error:
+        if isinstance(error, UnicodeDecodeError):
+            what = f"{what}, line {error.object.count(10, 0, error.start) + 1}"
         raise UserError(f"{what}: {first_line(error)}" + f"; {remedy}" * bool(remedy)) from None
 
 
@@ -1270,6 +1274,7 @@ class Optimizer:
 # -- what a run writes ---------------------------------------------------------------------------------------
 
 FREE = dict(data="", device="", resume="", save_every=0)  # what a resumed run may change
+CHECKPOINT = f"checkpoint-{'[0-9]' * 10}-{'[0-9a-f]' * 16}.safetensors"  # what may be deleted
 
 
 class MetricsLog:
@@ -1355,7 +1360,7 @@ class Checkpoints:
         return self.step
 
     def save(self, policy, optimizer, generators):
-        older, partial, tensors = self.files(), self.out / "checkpoint.partial", {}
+        older, partial, tensors = [*self.out.glob(CHECKPOINT)], self.out / "checkpoint.partial", {}
         if not torch.stack([x.norm() for x in policy.model.parameters()]).isfinite().all():  # keep the old
             raise UserError("the weights have run away, beyond float32; lower the learning rate")
 
@@ -1546,7 +1551,7 @@ def train_all(policy, reward, data, cfg, log, checkpoints):
         save_file(weights(ranker), out / "ranker.safetensors")
         write_report(out, cfg, results, about, [row for row in rows if row["phase"] == "influence"])
         killed = [x for x in out.rglob(".tmp??????") if x.name[4:].isalnum() and x.is_file()]
-        for path in (*checkpoints.files(), out / "checkpoint.partial", *killed):  # the run is complete
+        for path in (*out.glob(CHECKPOINT), out / "checkpoint.partial", *killed):  # the run is complete
             path.unlink(missing_ok=True)  # the latter are safetensors' own, of a run that was killed
     return results, about
 
@@ -1708,6 +1713,7 @@ def main(argv=None):
     """Returns what `run` does. What cannot work ends in one line and exit code 2; signals in 130 and 143."""
     at_the_end, interrupt.code, interrupt.process = contextlib.ExitStack(), 0, os.getpid()
     at_the_end.callback(setattr, interrupt, "code", 0)  # who goes on in Python may train again
+    at_the_end.enter_context(torch.random.fork_rng(devices=[]))  # and has torch's random numbers again
     try:
         cfg = parse(argv)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -1718,6 +1724,8 @@ def main(argv=None):
             with in_one_line("WORLD_SIZE is set, as torchrun sets it", "start with torchrun, or unset it"):
                 store, number, size = next(dist.rendezvous("env://", timeout=soon))  # or they never come
                 store.set_timeout(late)  # all wait for the first one's ranker
+                # It may still hold what an earlier run of these processes has left.
+                store = dist.PrefixStore(f"run {(store.add('runs', 1) - 1) // size}", store)
                 dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo", store=store,
                                         rank=number, world_size=size, timeout=late)
             at_the_end.callback(dist.destroy_process_group)

@@ -504,6 +504,20 @@ def test_a_file_in_another_encoding_is_refused(refused, folder, make, name, chan
     assert f"shop/{name}" in line and "utf-8" in line.lower()
 
 
+@pytest.mark.parametrize("make, name", [(minionerec, "train.csv"), (minionerec, "index.json"), (jsonl, "train.jsonl")])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["", "crlf"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
+def test_a_byte_that_is_no_utf_8_is_told_with_its_line(refused, folder, make, name, end, mark):
+    """Such as one of a title, that another program has saved in its own encoding."""
+    path = make(folder / "shop") / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    lines = path.read_bytes().splitlines()
+    lines[1] += "é".encode("cp1252")
+    path.write_bytes(mark + end.join(lines))
+    assert re.match(rf"nanoadagrpo: shop/{name}(: not valid JSON)?, line 2: 'utf-8' codec", refused(*data("shop")))
+
+
 # -- jsonl -------------------------------------------------------------------------------------------------------------
 
 

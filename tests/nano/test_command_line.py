@@ -205,6 +205,17 @@ def test_a_run_does_not_depend_on_what_was_drawn_before_it_but_on_its_seed(small
     assert one[0] != three[0] and one[1] != three[1]
 
 
+@pytest.mark.parametrize("argv", [["--toy", "--rl-steps", "1"], ["--toy", "--rl-steps", "1", "--out", "/dev/null/no"]])
+def test_who_goes_on_in_python_has_the_random_numbers_that_would_have_come(small_shop, folder, argv):
+    """A seed is set for the run alone, also where it is refused."""
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with contextlib.suppress(SystemExit):
+        nano.main([*argv, "--sft-steps", "1", "--eval-prompts", "8", "--device", "cpu"])
+    assert torch.rand(3).tolist() == expected.tolist()
+
+
 def test_a_method_gives_the_same_numbers_alone_and_beside_the_others(small_shop, folder, everything):
     for method in ("adagrpo", "random-gate"):
         assert toy("--method", method) == {name: everything[1][name] for name in ("base", method)}

@@ -261,6 +261,16 @@ FAULTS = {
                                 ["not finite, or beyond float32"]),
     "names of several kinds": ("def score(history, item):\n    return {'a': item, 1: item}\n", ["TypeError"]),
     "the shape of a part": ("def score(history, item):\n    return {'a': item * 0.5, 'b': item.sum(1)}\n", ["(2,)"]),
+    "complex numbers": ("def score(history, item):\n    return item * 1j\n", ["TypeError", "complex"]),
+    "complex numbers of NumPy": ("def score(history, item):\n    return item.numpy() * 1j\n", ["TypeError", "complex"]),
+    "times, one of which is missing": (
+        "import numpy as np\ndef score(history, item):\n    return np.where(item > 3, np.timedelta64('NaT'), item)\n",
+        ["TypeError", "a time"]),
+    "dates": ("import numpy as np\ndef score(history, item):\n    return item.numpy().astype('M8[D]')\n", ["a time"]),
+    "dates in lists": ("import numpy as np\ndef score(history, item):\n"
+                       "    return [[np.datetime64('2026-11-28') for x in row] for row in item]\n", ["a time"]),
+    "what is behind a mask": ("import numpy as np\ndef score(history, item):\n"
+                              "    return np.ma.masked_array(item, item > 3, float)\n", ["TypeError", "masked"]),
     "None": ("def score(history, item):\n    pass\n", ["shape [()] instead of (2, 3)"]),
     "nothing": ("def score(history, item):\n    return {}\n", ["dict"]),
     "text": ("def score(history, item):\n    return 'high'\n", ["str"]),

@@ -286,6 +286,20 @@ def test_what_a_kill_left_beside_a_checkpoint_is_no_obstacle_and_goes_at_the_end
     assert made(shop / "here") == made(shop / "whole") and not [*(shop / "here").glob("checkpoint*")]
 
 
+def test_copies_of_a_checkpoint_that_the_user_has_made_are_not_deleted(here, shop):
+    path = checkpoint(here)
+    names = {"checkpoint-0-mine.safetensors", "checkpoint-00 (copy).safetensors", f"{path.name}.bak"}
+    raw = path.read_bytes()
+    for name in names:
+        (shop / "here" / name).write_bytes(raw)
+    resume("here", "--save-every", "1")
+    assert {x.name for x in (shop / "here").glob("checkpoint*")} == names, "of its own, none is left"
+    for name in names:
+        assert (shop / "here" / name).read_bytes() == raw
+        (shop / "here" / name).unlink()
+    assert made(shop / "here") == made(shop / "whole")
+
+
 def forge(path, change):
     """Another state in a checkpoint, with the right checksum."""
     tensors = load_file(path)
