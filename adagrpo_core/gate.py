@@ -23,9 +23,10 @@ class GateDiagnostics(NamedTuple):
     not_prominent : array, shape (B,), boolean
         Not reliable, and the truth is not in the top tau * K of the rollouts and itself by reward.
     not_suppressed : array, shape (B,), boolean
-        Not reliable, although the truth is: a negative ranks above the bottom rho * K.
+        Not reliable, although the truth is in that top: among the negatives, one ranks within (1 - rho) * K, or some of
+        them push the truth out of the top.
     zero_spread : array, shape (B,), boolean
-        All K rewards are equal, so that the advantages are 0: if admitted, it teaches nothing.
+        All K rewards are equal and finite, so that the advantages are 0: if admitted, it teaches nothing.
     """
 
     admitted: Any
@@ -217,9 +218,9 @@ def gate_diagnostics(
     rollout_rewards : array, shape (B, K), real floating
         Rewards of the rollouts, as they were given there.
     tau : float
-        Prominence fraction of K, as it was given there.
+        Prominence fraction of K. It has to be the one given there: with another, the reasons are silently wrong.
     ties : {"min", "max", "average"}
-        Of the rewards, as it was given there.
+        Of the rewards; the rule given there, as tau.
 
     Returns
     -------
@@ -239,7 +240,7 @@ def gate_diagnostics(
     NaN: where truth or rollouts hold one, the truth is not prominent; where a negative alone does, and the truth is
     prominent, it counts as not suppressed.
 
-    The negatives take no part in ``prominent``: what they add to the rank of the truth is part of not_suppressed.
+    The negatives take no part in ``prominent``: a truth that they alone push out of the top counts as not suppressed.
 
     References
     ----------
@@ -271,7 +272,7 @@ def gate_diagnostics(
         reliable=reliable,
         not_prominent=~(prominent | reliable),
         not_suppressed=prominent & ~reliable,
-        zero_spread=xp.all(rollout_rewards == rollout_rewards[:, :1], axis=1),
+        zero_spread=xp.all((rollout_rewards == rollout_rewards[:, :1]) & xp.isfinite(rollout_rewards), axis=1),
     )
 
 

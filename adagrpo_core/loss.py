@@ -366,13 +366,10 @@ def adagrpo_loss(
     optional = {"target_mask": target_mask, "mask": mask, "target_old_logp": target_old_logp}
     xp = namespace(arrays, optional | {"ref_token_logp": ref_token_logp})
     sizes = {}
-    check_shape(xp, "target_token_logp", target_token_logp, "B L*", sizes)
+    for (name, array), axes in zip(arrays.items(), ("B L*", "B K L", "B K L", "B K", "B", "B M"), strict=True):
+        check_shape(xp, name, array, axes, sizes)
     _check_mask(xp, "target_mask", target_mask, "target_token_logp", target_token_logp)
-    check_shape(xp, "token_logp", token_logp, "B K L", sizes)
-    check_shape(xp, "old_token_logp", old_token_logp, "B K L", sizes)
-    check_shape(xp, "rewards", rewards, "B K", sizes)
-    check_shape(xp, "target_reward", target_reward, "B", sizes)
-    check_shape(xp, "negative_rewards", negative_rewards, "B M", sizes)
+    _check_mask(xp, "mask", mask, "token_logp", token_logp)
     lam = as_number("lam", lam, traced_too=True)
     check_finite(xp, "lam", lam, target_token_logp)
     check_finite(xp, "lam", lam, token_logp)

@@ -34,6 +34,9 @@ def advantage_rows(
     """
     if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 <= tol < float("inf"):
         raise ValueError(f"tol: expected a finite number >= 0, in nats per token, got {tol!r}")
+    shapes = [getattr(x, "shape", None) for x in (logp, rewards)]
+    if None in shapes or shapes[0] != shapes[1]:  # or another row than the truth would be taken for it
+        raise ValueError(f"logp, rewards: expected arrays of one shape (B, K+1), truth last, got {shapes}")
     # In half precision tol would be rounded away, and K+1 from K = 256 on.
     logp, rewards, negative_rewards = map(_at_least_float32, (logp, rewards, negative_rewards))
     likelihood = logp[:, :-1]
@@ -51,12 +54,12 @@ def advantage_rows(
 
 
 def shares(gate):
-    """What a trainer logs of a batch: the mean of each of the gate's diagnostics, by name (docs/metrics.md)."""
+    """What a trainer logs of a batch: the mean of each of the gate's diagnostics, by name. Not inside of jax.jit."""
     return {f"adagrpo/{name}": sum(which.tolist()) / len(which) for name, which in gate._asdict().items()}
 
 
 def _at_least_float32(x):
-    if "float16" not in str(x.dtype):  # nor bfloat16
+    if "float16" not in str(getattr(x, "dtype", "")):  # nor bfloat16
         return x
     return x.float() if hasattr(x, "float") else x.astype("float32")
 

@@ -48,7 +48,7 @@ def gate_diagnostics(difficult, target, rollouts, negatives, tau, rho, ties="min
     clear, own = reliability(target, rollouts, negatives, tau, rho, ties), [target, *rollouts]
     prominent = not any(map(math.isnan, own)) and rank(target, own, ties) <= tau * len(rollouts)
     return (difficult and clear, difficult, not difficult, clear, not (prominent or clear), prominent and not clear,
-            all(reward == rollouts[0] for reward in rollouts))  # fmt: skip
+            all(reward == rollouts[0] and math.isfinite(reward) for reward in rollouts))  # fmt: skip
 
 
 def advantages(rewards, eps=Fraction(0), correction=1):

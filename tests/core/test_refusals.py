@@ -178,6 +178,23 @@ def test_a_wrong_dtype_is_refused_by_name(function, name):
         assert refused(function, name, array.astype(np.int64)).endswith("with xp.astype or, in torch, .to(dtype)")
 
 
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS["adagrpo_loss"][0] if name != "target_old_logp"])
+@pytest.mark.parametrize("into", [np.asarray, torch.tensor, jnp.asarray], ids=["numpy", "torch", "jax"])
+def test_the_whole_objective_refuses_an_array_by_name_also_where_the_truths_likelihood_is_not_given(name, into):
+    given, settings = ARGUMENTS["adagrpo_loss"]
+    given = {other: array for other, array in given.items() if other != "target_old_logp"}
+    array = given[name]
+    wrong = [array[0], array[..., None], array[None], np.concatenate([array, array], -1), array.astype(np.int64)]
+    wrong += [array.take([0], axis) for axis in range(array.ndim) if (name, axis) != ("negative_rewards", 1)]
+    for other in wrong:
+        if (name, other.shape) == ("negative_rewards", (B, 2 * M)):
+            continue  # as many as one likes
+        message = refusal("adagrpo_loss", {**given, name: other}, settings, into)
+        assert re.match("|".join(given), message)
+    odd = array.astype(np.int64) if array.dtype == bool else array > 0  # such as TRL's masks of 0 and 1
+    assert refusal("adagrpo_loss", {**given, name: odd}, settings, into).startswith(f"{name}: expected a ")
+
+
 def test_a_message_names_the_expected_and_the_given_shape():
     given, settings = ARGUMENTS["reliability"]
     message = refusal("reliability", {**given, "negative_rewards": np.zeros((5, 4))}, settings)

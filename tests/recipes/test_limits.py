@@ -93,6 +93,20 @@ def test_repeats_of_another_shape_than_the_rollouts_are_refused_and_nothing_broa
     advantage_rows(*rows, backend((B, K)) > 1)
 
 
+@pytest.mark.parametrize("into", [np.asarray, torch.tensor, jnp.asarray], ids=["numpy", "torch", "jax"])
+@pytest.mark.parametrize("widths", [(K, K + 1), (K + 1, K), (K + 2, K + 1)], ids=str)
+def test_likelihoods_and_rewards_of_other_widths_are_refused_since_another_row_would_be_the_truth(into, widths):
+    logp, rewards = (into(np.random.default_rng(0).normal(size=(B, width))) for width in widths)
+    with pytest.raises(ValueError, match=r"^logp, rewards: expected arrays of one shape"):
+        advantage_rows(logp, rewards, into(np.zeros((B, 1))))
+
+
+@pytest.mark.parametrize("given", [([[0.0] * 4], [[0.0] * 4], [[0.0]]), (None, None, None)], ids=["lists", "None"])
+def test_rows_that_are_no_arrays_are_refused_by_name(given):
+    with pytest.raises(ValueError, match=r"^logp, rewards: expected arrays of one shape"):
+        advantage_rows(*given)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("library", [np, torch, jnp])
 def test_rows_in_half_precision_are_judged_in_float32(library, dtype):
