@@ -266,7 +266,7 @@ def gate_diagnostics(
     prominent = doubled_ranks(xp, entries, pool, ties)[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
     prominent = prominent & _comparable(xp, pool)
     return GateDiagnostics(
-        admitted=difficult & reliable,
+        admitted=sample_clip(difficult, reliable),
         difficult=difficult,
         easy=~difficult,
         reliable=reliable,
