@@ -11,6 +11,7 @@ It is for pages whose figures took hours: if nothing has moved here, they are fi
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,29 @@ RUNS = {
     "micro-batches, two updates, two negatives, valid items only":
         "--toy --method all --updates 2 --micro-batch-size 3 --negatives 2 --constrained",
     "bfloat16, the best policy kept": "--toy --keep best --dtype bfloat16",
+    "a log whose rows show different numbers of items": "--data {log} --method adagrpo",
     "data": "--data {data} --method adagrpo,random-gate",
     "data, from a saved policy": "--data {data} --model {model}",
 }  # fmt: skip
+
+
+def write_log(folder):
+    """A small shop with an exposure log, for which the toy's is too regular."""
+    draw, sids = random.Random(0), [[a, b, c] for a in range(5) for b in range(4) for c in range(3)]
+
+    def rows(n):
+        return [{"history": draw.choices(sids, k=draw.randint(1, 5)), "target": draw.choice(sids)} for _ in range(n)]
+
+    def showing(shown):
+        click = [draw.random() < 0.3 for _ in shown]
+        order = [int(yes and draw.random() < 0.5) for yes in click]
+        return {"history": draw.choices(sids, k=3), "shown": shown, "click": [*map(int, click)], "order": order}
+
+    files = {"train": rows(80), "valid": rows(40), "test": rows(80)}
+    files["log"] = [showing(draw.choices(sids, k=draw.randint(1, 12))) for _ in range(300)]
+    for name, lines in files.items():
+        Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path(folder, "catalogue.json").write_text(json.dumps(sids))
 
 
 def trained(checkout, flags, out):
@@ -71,12 +92,14 @@ def main(argv=None):
     moved = False
     print("| run | tensors that differ | largest difference of a metric |\n| --- | ---: | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "BEFORE", "data", "policy", "adagrpo")
+        model, log = Path(folder, "BEFORE", "data", "policy", "adagrpo"), Path(folder, "log")
+        log.mkdir()
+        write_log(log)
         for name, flags in RUNS.items():
             if (args.runs and name not in args.runs) or ("{data}" in flags and not args.data):
                 continue
             flags = f"{flags} {SMALL} --device cpu".split()
-            flags = [flag.format(data=os.path.abspath(args.data), model=model) for flag in flags]
+            flags = [flag.format(data=os.path.abspath(args.data), model=model, log=log) for flag in flags]
             outs = [Path(folder, side, name) for side in ("BEFORE", "NOW")]
             sides = [trained(where, flags, out) for where, out in zip((args.before, ROOT), outs, strict=True)]
             differ, tensors, gap, key = differences(*sides)
