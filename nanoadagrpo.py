@@ -1324,8 +1324,8 @@ class Checkpoints:
     def __init__(self, out, cfg, data, rows):
         self.out, self.origin, self.rows = out, origin_of(cfg, data), rows
         self.policy, self.phase, self.state, self.base, self.best = None, None, {}, {}, {}
-        if cfg.resume and self.files():
-            path = self.files()[-1]  # damaged, perhaps, or written by another version
+        if paths := sorted(out.glob("checkpoint-*.safetensors")) if cfg.resume else []:  # oldest first
+            path = paths[-1]  # damaged, perhaps, or written by another version
             with in_one_line(path, "mend that, or begin a new run"):
                 if hashlib.sha256(path.read_bytes()).hexdigest()[:16] != path.stem.split("-")[-1]:
                     raise ValueError("its checksum is not that in its name")
@@ -1343,9 +1343,6 @@ class Checkpoints:
                 model.load_state_dict(self.state["policy"], strict=False)  # tied ones are there once
                 self.policy = make_policy(model, data.catalogue, cfg)  # without a look at --model's folder
                 rows[:] = self.state["rows"]
-
-    def files(self):
-        return sorted(self.out.glob("checkpoint-*.safetensors"))  # oldest first
 
     def restore(self, optimizer, generators, phase):
         """The step at which to begin; in the phase in which the run stopped, with all as it was."""

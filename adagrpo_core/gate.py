@@ -255,16 +255,15 @@ def gate_diagnostics(
     >>> found.admitted.tolist(), found.not_suppressed.tolist(), found.not_prominent.tolist()
     ([True, False, False], [False, True, False], [False, False, True])
     """
-    arrays = {"target_reward": target_reward, "rollout_rewards": rollout_rewards}
-    xp = namespace({"difficult": difficult, "reliable": reliable, **arrays})
+    arrays = {"difficult": difficult, "reliable": reliable, "target_reward": target_reward}
+    xp = namespace(arrays | {"rollout_rewards": rollout_rewards})
     sizes = {}
     check_shape(xp, "difficult", difficult, "B", sizes, kind="bool")
     check_shape(xp, "reliable", reliable, "B", sizes, kind="bool")
     check_shape(xp, "target_reward", target_reward, "B", sizes)
-    entries, pool = policy_pool(xp, target_reward, rollout_rewards, names=tuple(arrays))
-    K = rollout_rewards.shape[-1]
-    prominent = doubled_ranks(xp, entries, pool, ties)[:, 0] <= _doubled_threshold(check_tau(tau, K), K)
-    prominent = prominent & _comparable(xp, pool)
+    check_shape(xp, "rollout_rewards", rollout_rewards, "B K", sizes)
+    beyond = difficulty(target_reward, rollout_rewards, tau=tau, ties=ties)  # eq. 7's question, of the rewards
+    prominent = ~beyond & _comparable(xp, xp.concat([rollout_rewards, target_reward[:, None]], axis=1))
     return GateDiagnostics(
         admitted=sample_clip(difficult, reliable),
         difficult=difficult,

@@ -126,11 +126,11 @@ def reward_ranks(target_reward, rollout_rewards, negative_rewards, /, *, ties: s
 # -- The pools, and twice the rank: the halves of ties="average" are whole then, and the gate compares integers --------
 
 
-def policy_pool(xp, target_logp, rollout_logp, names=("target_logp", "rollout_logp")):
+def policy_pool(xp, target_logp, rollout_logp):
     """The checked pool of eq. 6: the entry to be ranked (B, 1), and all there are (B, K+1)."""
     sizes = {}
-    check_shape(xp, names[0], target_logp, "B", sizes)
-    check_shape(xp, names[1], rollout_logp, "B K", sizes)
+    check_shape(xp, "target_logp", target_logp, "B", sizes)
+    check_shape(xp, "rollout_logp", rollout_logp, "B K", sizes)
     target = target_logp[:, None]
     return target, xp.concat([rollout_logp, target], axis=1)
 

@@ -27,10 +27,8 @@ def cpu(work):
     return time.process_time() - start, result
 
 
-def million(folder, rows=50_000, shown=20):
-    g = random.Random(0)
-    items = sorted({tuple(g.randrange(64) for _ in range(3)) for _ in range(10_000)})
-
+def shop(folder, g, items, prompts, shown):
+    """JSONL with {file: number} of random prompts, and a log with a row for each number of items that were shown."""
     def some(n):
         return [list(g.choice(items)) for _ in range(n)]
 
@@ -38,11 +36,17 @@ def million(folder, rows=50_000, shown=20):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     (folder / "catalogue.json").write_text(json.dumps([list(sid) for sid in items]))
-    for name, n in dict(train=5000, valid=500, test=500).items():
+    for name, n in prompts.items():
         write(f"{name}.jsonl", (dict(history=some(10), target=some(1)[0]) for _ in range(n)))
-    clicks = ([int(g.random() < 0.3) for _ in range(shown)] for _ in range(rows))
-    write("log.jsonl", (dict(history=some(10), shown=some(shown), click=click,
+    clicks = ([int(g.random() < 0.3) for _ in range(n)] for n in shown)
+    write("log.jsonl", (dict(history=some(10), shown=some(len(click)), click=click,
                              order=[int(y and g.random() < 0.3) for y in click]) for click in clicks))
+
+
+def million(folder, rows=50_000, shown=20):
+    g = random.Random(0)
+    items = sorted({tuple(g.randrange(64) for _ in range(3)) for _ in range(10_000)})
+    shop(folder, g, items, dict(train=5000, valid=500, test=500), [shown] * rows)
     cfg = nano.Settings(data=str(folder), device="cpu")
     load, data = cpu(lambda: nano.load_data(folder, cfg))
     train, ranker = cpu(lambda: nano.train_ranker(data.catalogue, data.log, cfg))

@@ -9,6 +9,7 @@ It is for pages whose figures took hours: if nothing has moved here, they are fi
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import feedback
 import torch
 from safetensors.torch import load_file
 
@@ -31,25 +33,6 @@ RUNS = {
     "data": "--data {data} --method adagrpo,random-gate",
     "data, from a saved policy": "--data {data} --model {model}",
 }  # fmt: skip
-
-
-def write_log(folder):
-    """A small shop with an exposure log, for which the toy's is too regular."""
-    draw, sids = random.Random(0), [[a, b, c] for a in range(5) for b in range(4) for c in range(3)]
-
-    def rows(n):
-        return [{"history": draw.choices(sids, k=draw.randint(1, 5)), "target": draw.choice(sids)} for _ in range(n)]
-
-    def showing(shown):
-        click = [draw.random() < 0.3 for _ in shown]
-        order = [int(yes and draw.random() < 0.5) for yes in click]
-        return {"history": draw.choices(sids, k=3), "shown": shown, "click": [*map(int, click)], "order": order}
-
-    files = {"train": rows(80), "valid": rows(40), "test": rows(80)}
-    files["log"] = [showing(draw.choices(sids, k=draw.randint(1, 12))) for _ in range(300)]
-    for name, lines in files.items():
-        Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Path(folder, "catalogue.json").write_text(json.dumps(sids))
 
 
 def trained(checkout, flags, out):
@@ -93,8 +76,9 @@ def main(argv=None):
     print("| run | tensors that differ | largest difference of a metric |\n| --- | ---: | --- |")
     with tempfile.TemporaryDirectory() as folder:
         model, log = Path(folder, "BEFORE", "data", "policy", "adagrpo"), Path(folder, "log")
-        log.mkdir()
-        write_log(log)
+        log.mkdir()  # the toy's is too regular
+        items, shown = [*itertools.product(range(5), range(4), range(3))], [*range(1, 6)] * 60 + [16]  # one long row
+        feedback.shop(log, random.Random(0), items, dict(train=80, valid=40, test=80), shown)
         for name, flags in RUNS.items():
             if (args.runs and name not in args.runs) or ("{data}" in flags and not args.data):
                 continue

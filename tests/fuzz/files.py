@@ -368,10 +368,9 @@ def another_shop(draw, path):
 
 def another_name(draw, path):
     path.rename(path.with_name(draw.choice([path.name.upper(), path.name.capitalize(), path.stem, path.stem + ".json",
-                                            path.stem + ".tsv",
-                                            path.stem + ".csv", path.stem + ".jsonl", " " + path.name,
-                                            path.name + ".gz", "index.json", "catalogue.json", "log.csv",
-                                            "log.jsonl", "rl.csv", "rl.jsonl"])))
+                                            path.stem + ".tsv", path.stem + ".csv", path.stem + ".jsonl",
+                                            " " + path.name, path.name + ".gz", "index.json", "catalogue.json",
+                                            "log.csv", "log.jsonl", "rl.csv", "rl.jsonl"])))
 
 
 RAW = [flip, insert, replace, cut, cut_head, cut_middle, double, swap_lines, double_line, drop_line,

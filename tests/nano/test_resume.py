@@ -437,7 +437,7 @@ def test_what_stops_a_complete_run_does_not_say_how_to_go_on(shop, monkeypatch, 
 
 
 def test_a_signal_before_the_rows_are_read_names_no_step(here, shop, monkeypatch, capsys):
-    monkeypatch.setattr(nano.Checkpoints, "files", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(nano, "origin_of", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     line = refused(capsys, lambda: resume("here"), 143)
     assert line == "nanoadagrpo: stopped; go on with --resume here"
 

@@ -50,11 +50,8 @@ class Case:
         for logp, rewards, negatives in zip(
             likelihood, self.rewards.tolist(), self.negative_rewards.tolist(), strict=True
         ):
-            hard = 1 + sum(other > logp[-1] for other in logp) > TAU * K
+            hard, clear = gate_by_hand(logp, rewards, negatives)
             prominent = 1 + sum(r > rewards[-1] for r in rewards) <= TAU * K
-            pool = [*rewards, *negatives]
-            clear = 1 + sum(r > rewards[-1] for r in pool) <= TAU * K
-            clear &= all(1 + sum(r > negative for r in pool) > (1 - RHO) * K for negative in negatives)
             found.append({"adagrpo/nll": -logp[-1], "adagrpo/admitted": hard and clear, "adagrpo/difficult": hard,
                           "adagrpo/easy": not hard, "adagrpo/reliable": clear, "adagrpo/not_prominent": not prominent,
                           "adagrpo/not_suppressed": prominent and not clear,
@@ -78,6 +75,14 @@ def make(*, ragged=False, dtype=torch.float64, seed=3):
     return case
 
 
+def gate_by_hand(likelihood, rewards, negatives):
+    """D and R of one prompt from lists, the truth last."""
+    pool = [*rewards, *negatives]
+    hard = 1 + sum(other > likelihood[-1] for other in likelihood) > TAU * K
+    clear = 1 + sum(r > rewards[-1] for r in pool) <= TAU * K
+    return hard, clear and all(1 + sum(r > negative for r in pool) > (1 - RHO) * K for negative in negatives)
+
+
 def by_hand(case, W, *, beta=0.0, reference=None, eps=1e-4, correction=1):
     """Gradient in W of the mean of NLL + lam * c * (GRPO + beta * KL against the reference), by loops."""
     W = W.detach().clone().requires_grad_()
@@ -88,12 +93,9 @@ def by_hand(case, W, *, beta=0.0, reference=None, eps=1e-4, correction=1):
     for b in range(B):
         counts = [case.mask[b, k] for k in range(K + 1)]
         likelihood = [start[b, k][counts[k]].mean().item() for k in range(K + 1)]
-        *rollouts, target = case.rewards[b].tolist()
-        negatives = case.negative_rewards[b].tolist()
-        pool = [*rollouts, target, *negatives]
-        hard = 1 + sum(other > likelihood[-1] for other in likelihood) > TAU * K
-        clear = 1 + sum(r > target for r in pool) <= TAU * K
-        clear &= all(1 + sum(r > negative for r in pool) > (1 - RHO) * K for negative in negatives)
+        rewards = case.rewards[b].tolist()
+        rollouts = rewards[:-1]
+        hard, clear = gate_by_hand(likelihood, rewards, case.negative_rewards[b].tolist())
         spread = statistics.stdev(rollouts) if correction else statistics.pstdev(rollouts)
         loss = -logp[b, K][counts[K]].mean()
         if hard and clear:
